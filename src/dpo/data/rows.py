@@ -1,0 +1,61 @@
+"""The rows that everything downstream reads: validated, in one shape, each knowing where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+Prompt = str | tuple[Message, ...]
+"""A prompt is text, or a conversation whose next turn the assistant takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRow:
+    """One prompt with a chosen and a rejected response, and the place it was read from (`prefs.jsonl:417`)."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    source: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RankedRow:
+    """One prompt with responses, best first; `scores` (same order, non-increasing) where the data has them."""
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    scores: tuple[float, ...] | None = None
+    source: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedRow:
+    """One prompt with one completion, labelled desirable (True) or undesirable (False)."""
+
+    prompt: Prompt
+    completion: str
+    label: bool
+    source: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DemonstrationRow:
+    """One prompt with one response to imitate, for supervised fine-tuning."""
+
+    prompt: Prompt
+    response: str
+    source: str = field(default="", compare=False)
+
+
+Row = PreferenceRow | RankedRow | UnpairedRow | DemonstrationRow
