@@ -1,4 +1,6 @@
-"""What can go wrong on purpose: each error carries the process exit code that the command line returns for it."""
+"""What can go wrong on purpose: each error carries the process exit code that the command line
+returns for it.
+"""
 
 
 class DPOError(Exception):
@@ -32,6 +34,8 @@ class StorageError(DPOError, OSError):
 
 
 class Stopped(DPOError):
-    """The run was asked to stop, saved its state and can be resumed by the same command (exit 75)."""
+    """The run was asked to stop, saved its state and can be resumed by the same command (exit
+    75).
+    """
 
     exit_code = 75

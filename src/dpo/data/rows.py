@@ -1,4 +1,6 @@
-"""The rows that everything downstream reads: validated, in one shape, each knowing where it came from."""
+"""The rows that everything downstream reads: validated, in one shape, each knowing where it came
+from.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Prompt = str | tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRow:
-    """One prompt with a chosen and a rejected response, and the place it was read from (`prefs.jsonl:417`)."""
+    """One prompt with a chosen and a rejected response, and the place it was read from
+    (`prefs.jsonl:417`).
+    """
 
     prompt: Prompt
     chosen: str
@@ -31,7 +35,9 @@ class PreferenceRow:
 
 @dataclass(frozen=True, slots=True)
 class RankedRow:
-    """One prompt with responses, best first; `scores` (same order, non-increasing) where the data has them."""
+    """One prompt with responses, best first; `scores` (same order, non-increasing) where the data
+    has them.
+    """
 
     prompt: Prompt
     responses: tuple[str, ...]

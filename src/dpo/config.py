@@ -1,0 +1,343 @@
+"""What a user can set: YAML and `key=value` in, one frozen, validated configuration out.
+
+Unknown keys, wrong types and values out of range are reported all at once, by their dotted paths.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dpo.errors import InputError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _shorthand(value: Any) -> Any:
+    """`model=gpt2` means `model.path=gpt2`; a list of files means `data.path` too."""
+    return {"path": value} if isinstance(value, str | list) else value
+
+
+class FreshModelConfig(Section):
+    """A GPT-2 with random weights and a byte-level BPE tokenizer learnt from the training data."""
+
+    width: Count = Field(96, description="Hidden size.")
+    layers: Count = Field(2, description="Transformer blocks.")
+    heads: Count = Field(2, description="Attention heads; width must be a multiple.")
+    positions: Count = Field(256, description="Longest sequence, in tokens.")
+    vocab_size: Count = Field(512, description="Entries of the tokenizer, at least 257.")
+
+
+class ModelConfig(Section):
+    """Where the weights come from."""
+
+    path: str | None = Field(None, description="Hub id, model folder, or run directory.")
+    revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
+    tokenizer: str | None = Field(None, description="Hub id or folder, if not the model's own.")
+    fresh: FreshModelConfig | None = Field(None, description="Start from random weights instead.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.fresh is None):
+            raise ValueError("give either a model (path) or model.fresh, and not both")
+        if self.fresh is not None and (self.tokenizer or self.revision):
+            raise ValueError("tokenizer and revision have no effect with model.fresh")
+        return self
+
+
+class SyntheticConfig(Section):
+    """The embedded data: how much of it (`data=synthetic`)."""
+
+    num_facts: Count = Field(80, le=80, description="Facts; each is asked in four phrasings.")
+    num_rows: Count = Field(2000, description="Demonstrations or preference pairs to draw.")
+    seed: int = Field(0, ge=0)
+
+
+class DataConfig(Section):
+    """Which rows, and how they become text and tokens."""
+
+    path: str | list[str] = Field(
+        "synthetic",
+        description="File, folder, list of them, hub id, or 'synthetic' (the embedded data).",
+    )
+    test: str | None = Field(None, description="Held-out rows, if they are a source of their own.")
+    split: str | None = Field(None, description="Split of a hub data set (default: train).")
+    revision: str | None = Field(None, description="Revision of a hub data set.")
+    columns: dict[str, str] = Field(default={}, description="Our column name: yours.")
+    template: str | None = Field(
+        None, description="plain, alpaca, hh, question, chat, or a text with {prompt} in it."
+    )
+    test_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the prompts held out.")
+    split_seed: int = Field(0, ge=0, description="Decides which prompts are held out.")
+    max_length: Annotated[int, Field(ge=2)] = Field(512, description="Prompt and response, tokens.")
+    max_dropped: float = Field(
+        0.01, ge=0, le=1, description="Share of rows that may be dropped before the run stops."
+    )
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+    @model_validator(mode="after")
+    def _no_effectless_option(self) -> DataConfig:
+        given = self.model_fields_set
+        if self.path != "synthetic" and "synthetic" in given:
+            raise ValueError("data.synthetic has no effect unless data is 'synthetic'")
+        if self.test is not None and given & {"test_fraction", "split_seed"}:
+            raise ValueError("test_fraction and split_seed have no effect when data.test is given")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate over the run."""
+
+    learning_rate: Positive = Field(5e-6, description="Peak learning rate.")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
+    weight_decay: NonNegative = Field(0.0, description="Decoupled; matrices only.")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: Positive = 1e-8
+    max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
+
+
+class BatchConfig(Section):
+    """How many rows make a step, and how many tokens go through the model at once."""
+
+    size: Count = Field(32, description="Rows (pairs) per optimizer step.")
+    max_tokens: Count = Field(
+        4096, description="Tokens per forward and backward pass; gradients accumulate over them."
+    )
+
+
+class EvaluationDuringTraining(Section):
+    """What is measured on held-out rows while training."""
+
+    every: Literal["epoch"] | Count = Field("epoch", description="'epoch', or a number of steps.")
+    max_rows: Count = Field(1000, description="Held-out rows used, at most (seeded choice).")
+    num_samples: int = Field(8, ge=0, description="Generations shown at the end of the run.")
+    sample_temperature: NonNegative = Field(0.7, description="Of those generations.")
+    max_new_tokens: Count = Field(128, description="Longest generation, in tokens.")
+
+
+class PreferenceEvaluation(EvaluationDuringTraining):
+    """The same, and how far the policy has moved from the reference."""
+
+    kl_prompts: int = Field(
+        64, ge=0, description="Held-out prompts sampled for KL(policy || reference); 0: none."
+    )
+    kl_samples: Count = Field(1, description="Samples per prompt for the KL.")
+
+
+class TrainingConfig(Section):
+    """What every training command takes."""
+
+    model: Annotated[ModelConfig, BeforeValidator(_shorthand)]
+    data: Annotated[DataConfig, BeforeValidator(_shorthand)] = DataConfig()
+    out: str = Field(description="The run directory.")
+    seed: int = Field(0, ge=0, description="Order of the rows, dropout, samples.")
+    epochs: Positive = Field(1.0, description="Passes over the training rows.")
+    max_steps: Count | None = Field(None, description="Optimizer steps instead of epochs.")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: matrix products only.")
+    dropout: bool = Field(False, description="Use the model's own dropout while training.")
+    evaluation: EvaluationDuringTraining = EvaluationDuringTraining()
+    save_every: Literal["epoch"] | Count = Field("epoch", description="'epoch', or steps.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if self.max_steps is not None and "epochs" in self.model_fields_set:
+            raise ValueError("give either epochs or max_steps, not both")
+        return self
+
+
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning: next-token loss on response tokens."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5)
+    response: Literal["chosen", "rejected"] = Field(
+        "chosen", description="Which response of a preference pair to imitate."
+    )
+    train_on_prompt: bool = Field(False, description="Score the prompt's tokens as well.")
+
+
+class DPOLossConfig(Section):
+    """Direct Preference Optimization (Rafailov et al. 2023)."""
+
+    name: Literal["dpo"] = "dpo"
+    beta: Positive = Field(0.1, description="Strength of the pull towards the reference.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Probability that a label is flipped (conservative DPO)."
+    )
+
+
+class PreferenceConfig(TrainingConfig):
+    """DPO from an SFT model against a frozen reference."""
+
+    loss: DPOLossConfig = DPOLossConfig()
+    evaluation: PreferenceEvaluation = PreferenceEvaluation()
+    reference: Annotated[ModelConfig | None, BeforeValidator(_shorthand)] = Field(
+        None, description="The reference, if not the model that training starts from."
+    )
+
+    @model_validator(mode="after")
+    def _trained_models(self) -> PreferenceConfig:
+        fresh = [c for c in (self.model, self.reference) if c is not None and c.fresh is not None]
+        if fresh:
+            raise ValueError("DPO starts from a trained model; model.fresh is for dpo sft")
+        return self
+
+
+class SentenceConfig(Section):
+    """The Sentence-BERT model that judges."""
+
+    path: str | None = Field(
+        None,
+        description="Any sentence-transformers model, by id or path; 'offline' is the packaged "
+        "all-MiniLM-L6-v2. Default: all-mpnet-base-v2 where a hub answers, else the packaged one.",
+    )
+
+
+class EvaluateConfig(Section):
+    """Generate on held-out prompts and compare with the chosen and the rejected response."""
+
+    models: dict[str, str] = Field(description="Name: run directory, model folder or hub id.")
+    data: Annotated[DataConfig, BeforeValidator(_shorthand)] = DataConfig()
+    out: str = Field(description="Where the tables, figures and generations go.")
+    temperatures: list[NonNegative] = Field([0.1, 0.25, 0.5, 0.75, 1.0], min_length=1)
+    max_prompts: Count = Field(500, description="Held-out prompts used, at most (seeded choice).")
+    samples_per_prompt: Count = 1
+    max_new_tokens: Count = 256
+    batch_size: Count = Field(32, description="Prompts generated at once.")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = Field(0, ge=0)
+    sentence_model: Annotated[SentenceConfig, BeforeValidator(_shorthand)] = SentenceConfig()
+    allow_overlap: bool = Field(
+        False, description="Evaluate even where a model was trained on some of the prompts."
+    )
+
+    @model_validator(mode="after")
+    def _some_model(self) -> EvaluateConfig:
+        if not self.models:
+            raise ValueError("models: name at least one, e.g. models.sft=runs/sft")
+        return self
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def read_config(
+    schema: type[Config], file: Path | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """The configuration of a YAML file with `key=value` overrides on top.
+
+    Raises:
+        InputError: everything that is wrong with it, at once.
+    """
+    values = read_yaml(file) if file is not None else {}
+    for override in overrides:
+        _apply(values, override)
+    return validate(schema, values, where=str(file) if file is not None else "")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file as a mapping, by the safe loader.
+
+    Raises:
+        InputError: it cannot be read, is not YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"There is no configuration file {file}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as a UTF-8 text file ({error}).") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"{file}: expected keys and values (`model: gpt2`), got {values!r:.80}.")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key, e.g. `loss.beta=0.1`."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise InputError(f"{override!r}: expected key=value, e.g. loss.beta=0.1.")
+    try:
+        value = yaml.safe_load(text) if text.strip() else text
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.strip().split(".")
+    section = values
+    for parent in parents:
+        inner = _shorthand(section.get(parent))
+        section[parent] = dict(inner) if isinstance(inner, Mapping) else {}
+        section = section[parent]
+    section[last] = value
+
+
+def validate(schema: type[Config], values: Mapping[str, Any], *, where: str = "") -> Config:
+    """The validated configuration, or every problem in one message.
+
+    Raises:
+        InputError: one line a problem, with the dotted key, what was expected and what came.
+    """
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(schema, problem) for problem in error.errors()]
+    head = f"{where}: " if where else ""
+    if len(problems) == 1:
+        raise InputError(f"{head}{problems[0]}")
+    lines = "\n".join(f"  {problem}" for problem in problems)
+    raise InputError(f"{head}{len(problems)} problems in the configuration:\n{lines}")
+
+
+def _describe(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
+    """One validation problem as a sentence."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = known_keys(schema)
+        close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
+            location[-1], known, n=1
+        )
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{key}: unknown key{hint}"
+    if problem["type"] == "missing":
+        return f"{key}: is required, e.g. {key}=..."
+    reason = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {reason}" if key else reason
+    return f"{key}: {reason[0].lower()}{reason[1:]} (got {problem['input']!r:.60})"
+
+
+def known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a configuration."""
+    keys: list[str] = []
+    for name, field in schema.model_fields.items():
+        keys.append(prefix + name)
+        for section in _sections(field.annotation):
+            keys += known_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The configuration sections inside a type annotation."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [s for inner in getattr(annotation, "__args__", ()) for s in _sections(inner)]

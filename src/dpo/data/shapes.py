@@ -1,0 +1,325 @@
+"""Records to rows: the shapes that preference data comes in, recognised by their columns.
+
+A shape is a line of the table `SHAPES`: the columns it needs, and a function from the `Fields` of a
+record to a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from dpo.data.fields import Fields
+from dpo.data.files import Entry, Problem, Record, is_list, printable
+from dpo.data.rows import (
+    DemonstrationRow,
+    PreferenceRow,
+    Prompt,
+    RankedRow,
+    Row,
+    UnpairedRow,
+)
+from dpo.errors import InputError
+
+Kind = Literal["preference", "ranked", "unpaired", "demonstration"]
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+"""The turn markers of hh-rlhf dialogues."""
+
+
+def kind_of_row(row: Row) -> Kind:
+    """The name of a row's type: preference, ranked, unpaired or demonstration."""
+    if isinstance(row, PreferenceRow):
+        return "preference"
+    if isinstance(row, RankedRow):
+        return "ranked"
+    return "unpaired" if isinstance(row, UnpairedRow) else "demonstration"
+
+
+# -- one function per shape --------------------------------------------------------------------
+
+
+def _preference(fields: Fields) -> Row:
+    if _opens_conversation(fields.values["chosen"]):
+        row = _implicit_conversations(fields)
+        if not fields.complaints and not _agrees(fields.prompt("prompt"), row.prompt):
+            fields.complain("prompt", "does not occur in the conversations of chosen and rejected")
+        return row
+    return PreferenceRow(
+        fields.prompt("prompt"), fields.response("chosen"), fields.response("rejected")
+    )
+
+
+def _opens_conversation(value: object) -> bool:
+    """Whether a list of messages is a whole conversation rather than the assistant's answer."""
+    if not is_list(value) or not value or not isinstance(value[0], dict):
+        return False
+    return cast("dict[str, object]", value[0]).get("role") != "assistant"
+
+
+def _agrees(prompt: Prompt, conversation: Prompt) -> bool:
+    if isinstance(prompt, tuple) or isinstance(conversation, str):
+        return prompt == conversation
+    return any(m.role == "user" and m.content.strip() == prompt.strip() for m in conversation)
+
+
+def _implicit(fields: Fields) -> Row:
+    if is_list(fields.values["chosen"]) or is_list(fields.values["rejected"]):
+        return _implicit_conversations(fields)
+    return _implicit_dialogues(fields)
+
+
+def _implicit_conversations(fields: Fields) -> PreferenceRow:
+    """Two conversations that differ in nothing but the assistant's last message."""
+    prompt, chosen = fields.conversation("chosen")
+    other, rejected = fields.conversation("rejected")
+    if not fields.complaints and prompt != other:
+        fields.complain("rejected", "differs from 'chosen' before the last message")
+    return PreferenceRow(prompt, chosen, rejected)
+
+
+def _implicit_dialogues(fields: Fields) -> PreferenceRow:
+    """Cut after the last common `\\n\\nAssistant:`; the response keeps its leading space."""
+    chosen, rejected = fields.text("chosen"), fields.text("rejected")
+    ends = [marker.end() for marker in re.finditer(ASSISTANT, chosen)]
+    cut = max((end for end in ends if rejected.startswith(chosen[:end])), default=0)
+    if fields.complaints:
+        pass
+    elif not cut or not chosen.lstrip().startswith(HUMAN.lstrip()):
+        fields.complain(
+            "chosen",
+            "and 'rejected' are not dialogues with a common beginning"
+            " '\\n\\nHuman: ... \\n\\nAssistant:', which they must be where there is no prompt",
+        )
+    else:
+        for name, text in (("chosen", chosen), ("rejected", rejected)):
+            if HUMAN in text[cut:]:
+                fields.complain(name, "has another Human turn after the common prompt")
+    return PreferenceRow(chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def _instruction(fields: Fields) -> str:
+    """The alpaca layout: the instruction, and the input under its heading where there is one."""
+    instruction, extra = fields.filled_text("instruction"), fields.optional_text("input")
+    return f"{instruction}\n\n### Input:\n{extra}" if extra else instruction
+
+
+def _instruction_preference(fields: Fields) -> Row:
+    prompt = _instruction(fields)
+    return PreferenceRow(prompt, fields.response("chosen"), fields.response("rejected"))
+
+
+def _ranked(fields: Fields) -> Row:
+    prompt = fields.prompt("prompt")
+    responses, scores = fields.texts("responses"), fields.numbers("scores")
+    if scores is None:
+        return RankedRow(prompt, responses)
+    if len(scores) != len(responses) and not fields.complaints:
+        fields.complain("scores", f"has {len(scores)} numbers for {len(responses)} responses")
+    if fields.complaints:
+        return RankedRow(prompt, responses)
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: ties keep their order
+    return RankedRow(prompt, tuple(responses[i] for i in order), tuple(scores[i] for i in order))
+
+
+def _unpaired(fields: Fields) -> Row:
+    prompt, completion = fields.prompt("prompt"), fields.response("completion")
+    return UnpairedRow(prompt, completion, fields.label("label"))
+
+
+def _demonstration(response: str) -> Callable[[Fields], Row]:
+    return lambda fields: DemonstrationRow(fields.prompt("prompt"), fields.response(response))
+
+
+def _instruction_demonstration(fields: Fields) -> Row:
+    return DemonstrationRow(_instruction(fields), fields.response("output"))
+
+
+def _messages(fields: Fields) -> Row:
+    return DemonstrationRow(*fields.conversation("messages"))
+
+
+# -- recognition -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The columns that a shape needs and those it may have, and how its rows are read."""
+
+    required: tuple[str, ...]
+    read: Callable[[Fields], Row]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its columns, `prompt/chosen/rejected`."""
+        return "/".join(self.required)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+SHAPES = (
+    Shape(("prompt", "chosen", "rejected"), _preference),
+    Shape(("instruction", "chosen", "rejected"), _instruction_preference, ("input",)),
+    Shape(("chosen", "rejected"), _implicit),
+    Shape(("prompt", "responses"), _ranked, ("scores",)),
+    Shape(("prompt", "completion", "label"), _unpaired),
+    Shape(("prompt", "response"), _demonstration("response")),
+    Shape(("prompt", "completion"), _demonstration("completion")),
+    Shape(("instruction", "output"), _instruction_demonstration, ("input",)),
+    Shape(("messages",), _messages),
+)
+"""Every shape, in order of preference: the first whose required columns are all there is taken."""
+
+
+def recognise(columns: Sequence[str]) -> Shape | None:
+    """The shape of a row with these columns.
+
+    >>> recognise(["instruction", "input", "output", "chosen", "rejected"]).name
+    'instruction/chosen/rejected'
+    """
+    return next((shape for shape in SHAPES if set(shape.required) <= set(columns)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRows:
+    """The rows of a source that could be read, and the problems of those that could not."""
+
+    rows: tuple[Row, ...]
+    problems: list[Problem]
+    shape: str
+    ignored_columns: tuple[str, ...]
+
+
+def read_rows(entries: Sequence[Entry], columns: Mapping[str, str]) -> ReadRows:
+    """Rows of the shape that most records have; a record of any other shape is a problem.
+
+    Args:
+        entries: Records and what could not be read, in the order of the source.
+        columns: Our names to the user's, where they differ.
+
+    Raises:
+        InputError: `columns` names what does not exist, or no record has a known shape.
+    """
+    records = [entry for entry in entries if isinstance(entry, Record)]
+    if not records:
+        return ReadRows((), [entry for entry in entries if isinstance(entry, Problem)], "", ())
+    _check_columns(records, columns)
+    shape = _common_shape(records, columns)
+    read = [e if isinstance(e, Problem) else _read_row(e, shape, columns) for e in entries]
+    forms = Counter(isinstance(row.prompt, str) for row in read if not isinstance(row, Problem))
+    is_text = forms.most_common(1)[0][0] if forms else True
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for row in read:
+        if isinstance(row, Problem):
+            problems.append(row)
+        elif isinstance(row.prompt, str) != is_text:
+            problems.append(Problem(row.source, _other_form(is_text)))
+        else:
+            rows.append(row)
+    form = "text" if is_text else "conversations"
+    return ReadRows(
+        tuple(rows), problems, f"{shape.name}, {form}", _unused(records, shape, columns)
+    )
+
+
+def _read_row(record: Record, shape: Shape, columns: Mapping[str, str]) -> Row | Problem:
+    values = _renamed(record.values, columns)
+    found = recognise(list(values))
+    fields = Fields(values, columns)
+    missing = [name for name in shape.required if name not in values]
+    for name in missing:
+        fields.complain(name, f"is missing; {_needs(shape, columns)} {_found(record)}")
+    if not missing and found is not shape:
+        assert found is not None
+        return Problem(record.source, f"has the shape {found.name}, the others {shape.name}.")
+    row = None if missing else shape.read(fields)
+    if row is None or fields.complaints:
+        return Problem(record.source, "; ".join(fields.complaints) + ".")
+    return replace(row, source=record.source)
+
+
+def _other_form(is_text: bool) -> str:
+    this, others = ("a conversation", "text") if is_text else ("text", "conversations")
+    return f"'prompt' is {this}, in the other rows {others}; a source must have one form."
+
+
+def _common_shape(records: Sequence[Record], columns: Mapping[str, str]) -> Shape:
+    recognised = (recognise(list(_renamed(record.values, columns))) for record in records)
+    counts = Counter(shape for shape in recognised if shape is not None)
+    if not counts:
+        shapes = "; ".join(", ".join(shape.columns) for shape in SHAPES)
+        raise InputError(
+            f"{records[0].source}: no row has a shape that can be recognised {_found(records[0])}; "
+            f"expected the columns of one of: {shapes}. Other names can be mapped to these."
+        )
+    shape = counts.most_common(1)[0][0]
+    unused = [name for name in columns if name not in shape.columns]
+    if unused:
+        raise InputError(
+            f"columns.{unused[0]}: without effect, for the rows have the shape {shape.name}."
+        )
+    return shape
+
+
+def _check_columns(records: Sequence[Record], columns: Mapping[str, str]) -> None:
+    ours = list(dict.fromkeys(name for shape in SHAPES for name in shape.columns))
+    found = list(dict.fromkeys(name for record in records for name in record.values))
+    for name, user_name in columns.items():
+        if name not in ours:
+            raise InputError(
+                f"columns: '{printable(name)}' is not one of our names: {', '.join(ours)}."
+            )
+        if user_name not in found:
+            raise InputError(
+                f"columns.{name}: there is no column '{printable(user_name)}' (found: "
+                f"{', '.join(printable(column) for column in found[:20])})."
+            )
+
+
+def _renamed(values: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
+    """Under our names; a column of the user's that happens to bear a mapped name gives way."""
+    if not columns:
+        return values
+    taken = {*columns, *columns.values()}
+    kept = {name: value for name, value in values.items() if name not in taken}
+    return kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
+
+
+def _needs(shape: Shape, columns: Mapping[str, str]) -> str:
+    *first, last = (printable(columns.get(name, name)) for name in shape.required)
+    return f"every row needs {', '.join(first)} and {last}" if first else f"every row needs {last}"
+
+
+def _found(record: Record) -> str:
+    names = ", ".join(printable(name) for name in list(record.values)[:20])
+    return f"(found: {names or 'nothing'})"
+
+
+def _unused(records: Sequence[Record], shape: Shape, columns: Mapping[str, str]) -> tuple[str, ...]:
+    used = {columns.get(name, name) for name in shape.columns}
+    ignored: dict[str, None] = {}
+    for record in records:
+        for name, value in record.values.items():
+            if name not in used:
+                ignored[printable(name)] = None
+            elif is_list(value):
+                ignored |= dict.fromkeys(_unused_in_messages(printable(name), value))
+    return tuple(ignored)
+
+
+def _unused_in_messages(name: str, messages: list[object]) -> list[str]:
+    """What a message holds beyond role and content, where it is not null: `messages[].weight`."""
+    return [
+        f"{name}[].{printable(key)}"
+        for message in messages
+        if isinstance(message, dict)
+        for key, value in cast("dict[str, object]", message).items()
+        if key not in ("role", "content") and value is not None
+    ]

@@ -1,0 +1,84 @@
+"""A trained model as a Hugging Face folder: weights, tokenizer, template, card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig
+
+from dpo.data.prompts import PromptTemplate, save_template
+
+CARD_LIBRARY = "direct-preference-optimization"
+
+
+def save_pretrained(
+    model: nn.Module,
+    tokenizer: Any,
+    template: PromptTemplate,
+    folder: Path,
+    *,
+    card: str,
+    stop_ids: list[int],
+) -> None:
+    """Write what the transformers loaders and pipelines read, and the run's template.
+
+    Weights are safetensors. The generation config stops at the run's end tokens and samples from
+    the whole distribution.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(  # type: ignore[assignment]
+        do_sample=True,
+        eos_token_id=stop_ids,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    try:
+        model.save_pretrained(folder)  # type: ignore[operator]
+    finally:
+        model.generation_config = own
+    tokenizer.save_pretrained(folder)
+    save_template(template, folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(
+    *, title: str, base: str, data: str, template: PromptTemplate, method: str, settings: str
+) -> str:
+    """The folder's README: what it is, what it was made from, how to use it."""
+    prompt = "{prompt}" if template.text is None else template.text
+    how = (
+        "Prompts go through the tokenizer's chat template."
+        if template.text is None
+        else f"Prompts are written as:\n\n```text\n{prompt}\n```"
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{CARD_LIBRARY}]
+---
+
+# {title}
+
+{method}
+
+| | |
+| --- | --- |
+| started from | `{base}` |
+| data | `{data}` |
+
+{how}
+
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="path/to/this/folder")
+```
+
+## Settings
+
+```json
+{settings}
+```
+"""

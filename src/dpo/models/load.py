@@ -1,0 +1,163 @@
+"""Loading policies, references and tokenizers: a run directory, a local folder or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
+
+from dpo.errors import InputError
+
+PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model comes from: `path` is a folder, or a hub id when `local` is False."""
+
+    path: str
+    local: bool
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """What the transformers loaders take; a local folder never asks a hub."""
+        return {
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+            "local_files_only": self.local,
+        }
+
+
+def looks_like_a_path(name: str) -> bool:
+    """Whether a name can only mean a place on this machine: `./x`, `~/x`, `a/b/c`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def find_model(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, key: str = "model"
+) -> ModelSource:
+    """Tell a run directory and a model folder from a hub id, before anything is loaded.
+
+    Raises:
+        InputError: an existing folder that holds no model, or a path where nothing is.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        inner = folder / "model"
+        if not (folder / "config.json").is_file() or (inner / "config.json").is_file():
+            folder = inner
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{key}: {name} holds no model (expected config.json, or model/config.json in the "
+                "directory of a finished run)."
+            )
+        return ModelSource(str(folder), True, None, trust_remote_code)
+    if folder.exists():
+        raise InputError(f"{key}: {name} is a file; expected a model folder or a hub id.")
+    if looks_like_a_path(name):
+        raise InputError(f"{key}: there is no folder {name}.")
+    return ModelSource(name, False, revision, trust_remote_code)
+
+
+def _explain(error: Exception, what: str, source: ModelSource) -> InputError:
+    """One sentence for whatever a loader raised."""
+    reason = " ".join(str(error).split())
+    if source.local:
+        pickled = [name for name in PICKLED_WEIGHTS if (Path(source.path) / name).exists()]
+        if pickled and not any(Path(source.path).glob("*.safetensors")):
+            return InputError(
+                f"{source.path}: its weights are pickled ({pickled[0]}), which can run code when "
+                "read; convert them to safetensors first."
+            )
+        return InputError(f"{source.path}: its {what} cannot be loaded: {reason[:300]}")
+    return InputError(
+        f"{source.path!r} is no local folder, and its {what} cannot be had from the hub: "
+        f"{reason[:300]}"
+    )
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer; a folder with only GPT-2's `vocab.json` and `merges.txt` works too.
+
+    Raises:
+        InputError: there is none, or it cannot be read. None is ever invented.
+    """
+    bare_gpt2 = source.local and not (Path(source.path) / "tokenizer_config.json").exists()
+    bare_gpt2 = bare_gpt2 and not (Path(source.path) / "tokenizer.json").exists()
+    if bare_gpt2 and not (Path(source.path) / "vocab.json").exists():
+        raise InputError(
+            f"{source.path}: no tokenizer there (expected tokenizer.json, or vocab.json and "
+            "merges.txt); copy the model's own into the folder or set model.tokenizer."
+        )
+    loader = GPT2Tokenizer if bare_gpt2 else AutoTokenizer
+    try:
+        return loader.from_pretrained(source.path, **source.arguments())
+    except Exception as error:  # each loader raises its own types
+        raise _explain(error, "tokenizer", source) from error
+
+
+def load_model(source: ModelSource) -> nn.Module:
+    """A causal language model in float32, from safetensors, in evaluation mode.
+
+    Raises:
+        InputError: no such model, unreadable weights, or weights that are not safetensors.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.path, **source.arguments())
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            **source.arguments(),
+        )
+    except Exception as error:
+        raise _explain(error, "model", source) from error
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def check_fit(model: nn.Module, tokenizer: Any, *, name: str) -> None:
+    """Every id the tokenizer can give must have an embedding.
+
+    Raises:
+        InputError: the tokenizer does not belong to the model.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise InputError(
+            f"{name}: the tokenizer gives ids up to {largest} but the model has {rows} embeddings; "
+            "they do not belong together."
+        )
+
+
+def max_positions(model: nn.Module, *, default: int = 1_000_000) -> int:
+    """The longest sequence that the model's position embeddings allow, in tokens."""
+    config = model.config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return default
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes, types and bytes of the parameters: the model's identity."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
+        data = parameter.detach().cpu().contiguous().view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def pick_device() -> torch.device:
+    """The first GPU where there is one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,375 @@
+"""The only training loop: accumulate, check, clip, step, log, evaluate, save, stop when asked."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+
+from dpo.atomic import replace_folder
+from dpo.config import TrainingConfig
+from dpo.data.order import batch_rows, split_by_tokens, steps_per_epoch
+from dpo.errors import DivergedError, Stopped
+from dpo.train import checkpoint
+from dpo.train.run import Run
+from dpo.train.schedule import adamw, learning_rate
+
+log = logging.getLogger("dpo")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What a method computes on some rows: sums, so that micro-batches add up to the batch."""
+
+    loss: Tensor
+    """Sum of the loss over rows (or tokens), with its graph."""
+    sums: dict[str, float]
+    """Sums of what is logged, over the same."""
+
+
+class Method(Protocol):
+    """What the loop needs to know of a training method."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many training rows there are."""
+        ...
+
+    def num_tokens(self, row: int) -> int:
+        """Tokens that a row sends through the policy."""
+        ...
+
+    def weight(self, rows: Sequence[int]) -> int:
+        """What the summed loss of a batch is divided by: its pairs, or its scored tokens."""
+        ...
+
+    def loss(self, policy: nn.Module, rows: Sequence[int]) -> BatchResult:
+        """The summed loss of some rows."""
+        ...
+
+    def evaluate(self, policy: nn.Module) -> dict[str, float]:
+        """Held-out metrics; "eval/loss" decides which model is the best."""
+        ...
+
+    def describe(self, row: int) -> str:
+        """Where a row came from."""
+        ...
+
+    def save_model(self, policy: nn.Module, folder: Path) -> None:
+        """Write the policy in Hugging Face format, with all that is needed to use it."""
+        ...
+
+
+@dataclass
+class Progression:
+    """How far a run is: what a checkpoint holds beside weights and optimizer."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = math.inf
+    seconds: float = 0.0
+
+    def as_state(self) -> dict[str, Any]:
+        best = self.best_loss if math.isfinite(self.best_loss) else None
+        return {
+            "step": self.step,
+            "best_step": self.best_step,
+            "best_loss": best,
+            "seconds": self.seconds,
+        }
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> Progression:
+        best = state["best_loss"]
+        return Progression(
+            int(state["step"]),
+            int(state["best_step"]),
+            math.inf if best is None else float(best),
+            float(state["seconds"]),
+        )
+
+
+@dataclass
+class StopRequest:
+    """Set by SIGTERM or SIGINT; the loop saves and leaves after the step at hand."""
+
+    signal: int | None = field(default=None)
+
+
+def total_steps(config: TrainingConfig, num_rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, math.ceil(config.epochs * steps_per_epoch(num_rows, config.batch.size)))
+
+
+def fit(method: Method, policy: nn.Module, config: TrainingConfig, run: Run) -> None:
+    """Train the policy, from the newest checkpoint where there is one, and write `model/`.
+
+    Equal to one uninterrupted run bit for bit, wherever it was stopped: a step depends on the
+    weights, the optimizer and its own number, and on nothing else.
+
+    Raises:
+        DivergedError: a loss or gradient is not finite; the update was not made.
+        Stopped: SIGTERM or SIGINT came; the state is saved.
+        CheckpointError: there are checkpoints and none can be trusted.
+    """
+    settings = config.optimizer
+    optimizer = adamw(
+        policy,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        epsilon=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    progression = _resume(policy, optimizer, run)
+    total = total_steps(config, method.num_rows)
+    every = steps_per_epoch(method.num_rows, config.batch.size)
+    evaluate_every = every if config.evaluation.every == "epoch" else config.evaluation.every
+    save_every = every if config.save_every == "epoch" else config.save_every
+
+    with _stop_request() as stop, _progress(total, progression.step) as advance:
+        if progression.step == 0:
+            _evaluate(method, policy, progression, run, every)
+        while progression.step < total:
+            started = time.perf_counter()
+            row = training_step(method, policy, optimizer, config, step=progression.step)
+            progression.step += 1
+            seconds = time.perf_counter() - started
+            progression.seconds += seconds
+            run.log(_with_rates(row, progression, seconds, every))
+            advance(row)
+            last = progression.step == total
+            if last or progression.step % evaluate_every == 0:
+                _evaluate(method, policy, progression, run, every)
+            if last or stop.signal is not None or progression.step % save_every == 0:
+                _save(policy, optimizer, progression, run)
+            if stop.signal is not None and not last:
+                raise Stopped(
+                    f"Stopped at step {progression.step} of {total}; the state is saved. "
+                    "The same command goes on from here."
+                )
+    with replace_folder(run.folder / "model") as folder:
+        method.save_model(policy, folder)
+    run.update_manifest(
+        steps=total,
+        seconds_training=round(progression.seconds, 3),
+        best_step=progression.best_step,
+        best_loss=progression.best_loss,
+    )
+
+
+def training_step(
+    method: Method,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainingConfig,
+    *,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step: the gradient of the batch's mean loss, in as many passes as memory asks
+    for.
+
+    Each pass adds `sum of its losses / weight of the whole batch`, so accumulation equals one
+    large batch whatever the lengths, and the short last batch of an epoch is scaled by its own
+    size.
+    """
+    rows = batch_rows(
+        step, num_rows=method.num_rows, batch_size=config.batch.size, seed=config.seed
+    )
+    weight = method.weight(rows)
+    costs = [method.num_tokens(row) for row in rows]
+    policy.train(config.dropout)
+    optimizer.zero_grad(set_to_none=True)
+    loss = 0.0
+    sums: dict[str, float] = {}
+    micro_batches = split_by_tokens(costs, max_tokens=config.batch.max_tokens)
+    for number, members in enumerate(micro_batches):
+        if config.dropout:
+            _seed_dropout(config.seed, step, number)
+        result = method.loss(policy, [rows[i] for i in members])
+        (result.loss / weight).backward()
+        loss += result.loss.item() / weight
+        for name, value in result.sums.items():
+            sums[name] = sums.get(name, 0.0) + value / weight
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
+    _check_finite(method, rows, step=step, loss=loss, gradient_norm=norm.item())
+    rate = _set_learning_rate(optimizer, config, step, total_steps(config, method.num_rows))
+    optimizer.step()
+    return {
+        "loss": loss,
+        "gradient_norm": norm.item(),
+        "learning_rate": rate,
+        **sums,
+        "num_rows": len(rows),
+        "num_tokens": sum(costs),
+        "num_passes": len(micro_batches),
+    }
+
+
+def _seed_dropout(seed: int, step: int, number: int) -> None:
+    """Dropout masks are a function of seed, step and pass, so a resumed run draws the same."""
+    torch.manual_seed(seed * 1_000_003 + step * 1_009 + number)
+
+
+def _check_finite(
+    method: Method, rows: Sequence[int], *, step: int, loss: float, gradient_norm: float
+) -> None:
+    """Stop before an update that would destroy the weights."""
+    if math.isfinite(loss) and math.isfinite(gradient_norm):
+        return
+    sources = ", ".join(method.describe(row) for row in rows[:5])
+    raise DivergedError(
+        f"Step {step + 1}: the loss is {loss} and the gradient norm {gradient_norm}; "
+        f"the update was not made and the last checkpoint stays. Rows of the batch: {sources}"
+        f"{', ...' if len(rows) > 5 else ''}. Try a smaller learning rate."
+    )
+
+
+def _set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int, total: int
+) -> float:
+    rate = learning_rate(
+        step,
+        total_steps=total,
+        peak=config.optimizer.learning_rate,
+        warmup=config.optimizer.warmup,
+        schedule=config.optimizer.schedule,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _resume(policy: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> Progression:
+    """Go on from the newest checkpoint that verifies, or start."""
+    found = checkpoint.newest(run.checkpoints)
+    if found is None:
+        run.forget_after(-1)
+        return Progression()
+    checkpoint.restore(found, policy, optimizer)
+    run.forget_after(found.step)
+    log.info("Going on from step %d (%s).", found.step, found.folder)
+    return Progression.from_state(found.state)
+
+
+def _save(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, progression: Progression, run: Run
+) -> None:
+    run.checkpoints.mkdir(exist_ok=True)
+    checkpoint.save(run.checkpoints, policy, optimizer, progression.as_state())
+
+
+def _evaluate(
+    method: Method, policy: nn.Module, progression: Progression, run: Run, steps_in_epoch: int
+) -> None:
+    """Measure on held-out rows, log, and keep the policy where it is the best so far."""
+    policy.eval()
+    started = time.perf_counter()
+    with torch.no_grad():
+        metrics = method.evaluate(policy)
+    epoch = progression.step / steps_in_epoch
+    seconds = round(time.perf_counter() - started, 3)
+    run.log({"step": progression.step, "epoch": epoch, **metrics, "eval/seconds": seconds})
+    log.info(
+        "Step %d: %s",
+        progression.step,
+        ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items()),
+    )
+    if metrics["eval/loss"] < progression.best_loss:
+        progression.best_loss, progression.best_step = metrics["eval/loss"], progression.step
+        with replace_folder(run.folder / "best") as folder:
+            method.save_model(policy, folder)
+
+
+def _with_rates(
+    row: dict[str, float], progression: Progression, seconds: float, steps_in_epoch: int
+) -> dict[str, float]:
+    """A step's metrics with its place in the run, its speed and the memory it took."""
+    return {
+        "step": progression.step,
+        "epoch": progression.step / steps_in_epoch,
+        **row,
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(row["num_tokens"] / seconds, 1),
+        "rows_per_second": round(row["num_rows"] / seconds, 2),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The most memory the process has held: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def _stop_request() -> Iterator[StopRequest]:
+    """Inside, the first SIGTERM or SIGINT asks for a stop after the step; a second ends at once."""
+    request = StopRequest()
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+        log.warning("Stopping after this step (again to stop at once).")
+        signal.signal(number, signal.SIG_DFL)
+
+    try:
+        for stop_signal in (signal.SIGTERM, signal.SIGINT):
+            previous[stop_signal] = signal.signal(stop_signal, handle)
+    except ValueError:  # not the main thread: its owner decides when to stop
+        previous = {}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Any]:
+    """A bar with rate and time left; the yielded function is called after each step."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    from rich.console import Console
+
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Training", total=total, completed=done, loss=math.nan, rate=0.0)
+        started = time.perf_counter()
+        tokens = 0.0
+
+        def advance(row: dict[str, float]) -> None:
+            nonlocal tokens
+            tokens += row["num_tokens"]
+            rate = tokens / (time.perf_counter() - started)
+            bar.update(task, advance=1, loss=row["loss"], rate=rate)
+
+        yield advance

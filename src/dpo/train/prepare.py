@@ -1,0 +1,176 @@
+"""From a configuration to rows split by prompt, and to the encoder that both sides are written
+with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+
+from dpo.config import DataConfig
+from dpo.data import synthetic
+from dpo.data.prompts import PromptTemplate, as_text, default_template, resolve_template
+from dpo.data.rows import DemonstrationRow, PreferenceRow, Row
+from dpo.data.sources import LoadedRows, as_demonstrations, as_pairs, load_rows
+from dpo.data.split import overlap, split_by_prompt
+from dpo.data.tokenize import Encoder
+from dpo.errors import InputError
+
+log = logging.getLogger("dpo")
+
+R = TypeVar("R", bound=DemonstrationRow | PreferenceRow)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitData(Generic[R]):
+    """Rows to train on and held-out rows, and what identifies them."""
+
+    train: tuple[R, ...]
+    test: tuple[R, ...]
+    shape: str
+    conversational: bool
+    sha256: str
+
+
+def load_demonstrations(
+    data: DataConfig, *, response: Literal["chosen", "rejected"] = "chosen"
+) -> SplitData[DemonstrationRow]:
+    """What SFT trains on: demonstrations, or one response of each preference row.
+
+    Raises:
+        InputError: the source cannot be read, or has nothing to imitate.
+    """
+    if data.path == "synthetic":
+        made = synthetic.demonstrations(**data.synthetic.model_dump())
+        return _split(data, made, None, "synthetic")
+    return _load(data, lambda rows: as_demonstrations(rows, response=response))
+
+
+def load_preferences(data: DataConfig) -> SplitData[PreferenceRow]:
+    """Pairs of a chosen and a rejected response.
+
+    Raises:
+        InputError: the source cannot be read, or its rows are no preferences.
+    """
+    if data.path == "synthetic":
+        made = synthetic.preferences(**data.synthetic.model_dump())
+        return _split(data, made, None, "synthetic")
+    return _load(data, as_pairs)
+
+
+def _load(data: DataConfig, convert: Callable[[Sequence[Row]], tuple[R, ...]]) -> SplitData[R]:
+    """Read the source (and the held-out source, where it is one of its own), convert and split."""
+    loaded = load_rows(data.path, columns=data.columns, split=data.split, revision=data.revision)
+    log.info("Data %s: %s.", data.path, loaded)
+    rows = convert(loaded.rows)
+    if len(rows) < len(loaded.rows):
+        log.info("%d of %d rows are used.", len(rows), len(loaded.rows))
+    if data.test is None:
+        return _split(data, rows, None, loaded.shape, loaded.sha256)
+    test: LoadedRows = load_rows(data.test, columns=data.columns)
+    log.info("Held-out data %s: %s.", data.test, test)
+    digest = hashlib.sha256(f"{loaded.sha256}{test.sha256}".encode()).hexdigest()
+    return _split(data, rows, convert(test.rows), loaded.shape, digest)
+
+
+def _split(
+    data: DataConfig,
+    rows: tuple[R, ...],
+    test: tuple[R, ...] | None,
+    shape: str,
+    sha256: str | None = None,
+) -> SplitData[R]:
+    """Hold out rows by prompt, unless they came apart; then no training prompt may be among
+    them.
+    """
+    conversational = not isinstance(rows[0].prompt, str)
+    train = rows
+    if test is None:
+        split = split_by_prompt(rows, test_fraction=data.test_fraction, seed=data.split_seed)
+        train, test = split.train, split.test
+    else:
+        shared = overlap(rows, test)
+        if shared:
+            raise InputError(
+                f"data.test: {len(shared)} of its prompts are in the training data too, e.g. "
+                f"{as_text(shared[0])!r:.80}; remove them from one side."
+            )
+    digest = sha256 or hashlib.sha256(repr([*train, *test]).encode()).hexdigest()
+    log.info("%d training rows and %d held-out rows, split by prompt.", len(train), len(test))
+    return SplitData(train, test, shape, conversational, digest)
+
+
+def choose_template(
+    asked: str | None, own: PromptTemplate | None, *, shape: str, conversational: bool
+) -> PromptTemplate:
+    """The run's one template: the model's own where it was trained with one, else what is asked
+    for.
+
+    Raises:
+        InputError: another one is asked for than the model was trained with.
+    """
+    if asked is None:
+        template = own or default_template(shape, conversational=conversational)
+    else:
+        template = resolve_template(asked)
+        if own is not None and own != template:
+            raise InputError(
+                f"data.template: the model was trained with the template {own}, not {template}; "
+                "leave data.template out."
+            )
+    log.info("Prompts are written with the template %s.", template)
+    return template
+
+
+def make_encoder(
+    tokenizer: Any, template: PromptTemplate, *, max_length: int, positions: int
+) -> Encoder:
+    """An encoder that never gives more tokens than the model has positions."""
+    if max_length > positions:
+        log.info("Sequences are cut at the model's %d positions.", positions)
+    return Encoder(tokenizer, template, min(max_length, positions))
+
+
+def report_cuts(encoded: Sequence[Any], *, what: str) -> None:
+    """Say how many rows were cut; `encoded` are EncodedRows."""
+    prompts = sum(row.prompt_truncated for row in encoded)
+    responses = sum(row.responses_truncated for row in encoded)
+    if prompts or responses:
+        log.warning(
+            "%s: %d of %d prompts lost their beginning and %d responses their end "
+            "(data.max_length).",
+            what,
+            prompts,
+            len(encoded),
+            responses,
+        )
+
+
+def check_dropped(num_dropped: int, num_rows: int, *, reason: str, allowed: float) -> None:
+    """Count what is dropped, and stop where it is too much.
+
+    Raises:
+        InputError: a larger share than `data.max_dropped`, or everything.
+    """
+    if num_dropped == 0:
+        return
+    share = num_dropped / num_rows
+    log.warning("%d of %d rows are dropped: %s.", num_dropped, num_rows, reason)
+    if share > allowed or num_dropped == num_rows:
+        raise InputError(
+            f"{num_dropped} of {num_rows} rows ({share:.1%}) would be dropped: {reason}. "
+            f"Mend them, or allow it with data.max_dropped={min(1.0, share + 0.001):.3f}."
+        )
+
+
+def seeded_choice(num_rows: int, most: int, *, seed: int) -> list[int]:
+    """At most `most` of `range(num_rows)`, a function of the seed, in order."""
+    if num_rows <= most:
+        return list(range(num_rows))
+    chosen = np.random.default_rng([seed, num_rows]).choice(num_rows, size=most, replace=False)
+    return sorted(int(i) for i in chosen)

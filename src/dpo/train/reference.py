@@ -1,0 +1,110 @@
+"""Reference log-probabilities: computed once before training, cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dpo.atomic import storage_errors
+from dpo.data.tokenize import TokenSequence
+from dpo.models.load import weights_digest
+from dpo.models.scoring import response_logps
+
+SCORING_VERSION = 1
+"""Counts changes of the scoring code that change its values; a part of every cache key."""
+
+CHUNK = 256
+"""Sequences scored between two reports of progress."""
+
+
+def cache_folder() -> Path:
+    """`$DPO_CACHE`, or `dpo` in the user's cache folder."""
+    named = os.environ.get("DPO_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "dpo"
+
+
+def cache_key(
+    reference: nn.Module, sequences: Sequence[TokenSequence], *, precision: str, max_tokens: int
+) -> str:
+    """SHA-256 of all that decides the values: weights, architecture, token ids, boundaries,
+    precision.
+
+    Nothing cosmetic takes part: paths, names and templates matter only through the ids they gave.
+    """
+    digest = hashlib.sha256()
+    config = reference.config.to_json_string()  # type: ignore[operator, union-attr]
+    device = next(reference.parameters()).device.type
+    header = f"{SCORING_VERSION} {weights_digest(reference)} {precision} {max_tokens} {device}"
+    digest.update(f"{header} {torch.__version__} {config}".encode())
+    for sequence in sequences:
+        digest.update(np.asarray([sequence.prompt_length, *sequence.ids, -1], np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def reference_logps(
+    reference: nn.Module,
+    sequences: Sequence[TokenSequence],
+    *,
+    precision: str,
+    max_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Tensor, bool]:
+    """`log pi_ref(response | prompt)` of each sequence, (S,), float64, and whether the cache had
+    them.
+    """
+    key = cache_key(reference, sequences, precision=precision, max_tokens=max_tokens)
+    file = cache_folder() / "reference" / f"{key}.safetensors"
+    cached = _read(file, len(sequences))
+    if cached is not None:
+        return cached, True
+    values = score_all(
+        reference, sequences, precision=precision, max_tokens=max_tokens, progress=progress
+    )
+    with storage_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        save_file({"logps": values}, temporary)
+        temporary.replace(file)
+    return values, False
+
+
+def score_all(
+    model: nn.Module,
+    sequences: Sequence[TokenSequence],
+    *,
+    precision: str,
+    max_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """Log-probabilities of many responses without gradients, (S,), float64, on the CPU."""
+    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
+    values = torch.empty(len(sequences), dtype=torch.float64)
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), CHUNK):
+            chosen = order[start : start + CHUNK]
+            members = [sequences[i] for i in chosen]
+            logps = response_logps(model, members, precision=precision, max_tokens=max_tokens)
+            values[chosen] = logps.cpu()
+            progress(len(chosen))
+    return values
+
+
+def _read(file: Path, num_sequences: int) -> Tensor | None:
+    """Cached values; a damaged file counts as none."""
+    try:
+        values = load_file(file)["logps"]
+    except (OSError, KeyError, SafetensorError):
+        return None
+    return values if values.shape == (num_sequences,) else None

@@ -1,0 +1,234 @@
+"""A run directory: what was asked for, what it was made of, what came out, one process at a
+time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from dpo.atomic import jsonable, storage_errors, write_json
+from dpo.errors import InputError
+
+LIBRARIES = ("direct-preference-optimization", "torch", "transformers", "tokenizers", "numpy")
+TRAIN_PROMPTS = "train_prompts.safetensors"
+
+
+@dataclass
+class Run:
+    """An open run directory. Metrics go to `metrics.jsonl` and to TensorBoard."""
+
+    folder: Path
+    lock: TextIOWrapper
+    _tensorboard: Any = field(default=None)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end; then there is nothing to do."""
+        return read_manifest(self.folder).get("status") == "finished"
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one line of metrics, whole or not at all; numbers go to TensorBoard as well."""
+        line = json.dumps(jsonable(dict(row))) + "\n"
+        with storage_errors(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as f:
+            f.write(line)
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self._tensorboard.add_scalar(name, value, int(row["step"]))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics so far."""
+        return read_metrics(self.folder)
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps after `step`: they are about to be trained again."""
+        kept = [row for row in self.metrics() if int(row["step"]) <= step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        self.metrics_file.write_text(text, encoding="utf-8")
+
+    def update_manifest(self, **fields: Any) -> None:
+        """Set fields of `manifest.json`."""
+        write_json(self.folder / "manifest.json", read_manifest(self.folder) | fields)
+
+    def close(self) -> None:
+        """Flush what is open and give the lock back."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self.lock.close()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run directory, empty where there is none."""
+    return _read_json(folder / "manifest.json") or {}
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run directory; a torn last line, left by a kill, is not one."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def open_run(folder: Path, identity: Mapping[str, Any]) -> Run:
+    """Create a run directory, or go on in one that was made by the same configuration.
+
+    Args:
+        folder: the run directory.
+        identity: everything that decides the result: the resolved configuration, the data's digest,
+            the digests of the models.
+
+    Raises:
+        InputError: the directory belongs to another run (with the difference, key by key), is in
+        use by
+            another process, or holds something that is no run.
+        StorageError: it cannot be made.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+    file = folder / "config.json"
+    known = _read_json(file)
+    if known is None:
+        foreign = [f.name for f in folder.iterdir() if f.name != ".lock"]
+        if foreign:
+            lock.close()
+            raise InputError(
+                f"out: {folder} is not empty and holds no run ({', '.join(sorted(foreign)[:3])}); "
+                "name a new folder."
+            )
+        write_json(file, identity)
+    else:
+        difference = list(_differences(known, json.loads(json.dumps(jsonable(dict(identity))))))
+        if difference:
+            lock.close()
+            lines = "\n".join(f"  {line}" for line in difference)
+            raise InputError(
+                f"out: {folder} holds a run with other settings; name a new folder, or set them "
+                f"back:\n{lines}"
+            )
+    run = Run(folder, lock)
+    if not (folder / "manifest.json").exists():
+        run.update_manifest(status="started", **environment())
+    return run
+
+
+def _lock(folder: Path) -> TextIOWrapper:
+    """Hold the run directory for this process."""
+    stream = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        raise InputError(f"out: another process is working in {folder}.") from error
+    return stream
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: expected a JSON file written by dpo; it is damaged.") from error
+    return value if isinstance(value, dict) else None
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterable[str]:
+    """One line for each dotted key whose value differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(old.get(name), new.get(name), inner)
+    elif old != new:
+        yield f"{key}: {_short(old)} there, {_short(new)} now"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside its configuration: versions, commit, hardware, threads."""
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu_count": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str | None:
+    """The commit of the code, where it runs from a checkout; "+" marks uncommitted changes."""
+    here = Path(__file__).parent
+    try:
+        top = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "."],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return top.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def save_train_prompts(folder: Path, digests: Iterable[int]) -> None:
+    """Remember which prompts a model was trained on, as 64-bit digests."""
+    values = np.array(sorted(set(digests)), dtype=np.uint64)
+    save_file({"digests": values}, folder / TRAIN_PROMPTS)
+
+
+def load_train_prompts(folder: Path) -> set[int] | None:
+    """The digests of the prompts that a model was trained on, or None where it is not known."""
+    file = folder / TRAIN_PROMPTS
+    if not file.is_file():
+        return None
+    return {int(value) for value in load_file(file)["digests"]}

@@ -1,0 +1,41 @@
+"""The learning rate and the optimizer."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+
+def learning_rate(
+    step: int, *, total_steps: int, peak: float, warmup: float, schedule: str
+) -> float:
+    """The learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule.
+
+    Warm-up takes the share `warmup` of the steps and never starts at 0; after it the rate stays
+    ("constant"), falls on a line ("linear") or a half cosine ("cosine") that would reach 0 one
+    step after the last.
+
+    >>> [learning_rate(s, total_steps=4, peak=1, warmup=0.5, schedule="linear") for s in range(4)]
+    [0.5, 1.0, 1.0, 0.5]
+    """
+    warmup_steps = math.ceil(warmup * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def adamw(
+    policy: nn.Module, *, beta1: float, beta2: float, epsilon: float, weight_decay: float
+) -> Optimizer:
+    """Fused AdamW (Loshchilov and Hutter 2019); decay on matrices only, not on biases and norms."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=epsilon, fused=True)
