@@ -6,6 +6,7 @@ Unknown keys, wrong types and values out of range are reported all at once, by t
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,6 +19,10 @@ from dpo.errors import InputError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+
+PLAIN_NAME = re.compile(r"[\w+-][\w.+ -]*")
+"""Names that become parts of file names; none can leave its folder."""
 
 
 class Section(BaseModel):
@@ -231,6 +236,15 @@ class EvaluateConfig(Section):
     def _some_model(self) -> EvaluateConfig:
         if not self.models:
             raise ValueError("models: name at least one, e.g. models.sft=runs/sft")
+        for name in self.models:
+            if not PLAIN_NAME.fullmatch(name):
+                raise ValueError(
+                    f"models: {name!r} names files, so it may hold letters, digits, '.', '_', '+', "
+                    "'-' and spaces only, and must not begin with '.'"
+                )
+        effectless = self.data.model_fields_set & {"max_length", "max_dropped"}
+        if effectless:
+            raise ValueError(f"data.{min(effectless)} has no effect in an evaluation")
         return self
 
 

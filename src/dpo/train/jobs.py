@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from dpo import atomic
@@ -35,6 +33,7 @@ from dpo.models.load import (
     pick_device,
     weights_digest,
 )
+from dpo.progress import counting
 from dpo.train.loop import fit
 from dpo.train.preference import PreferenceMethod, encode_pairs, sequences_of
 from dpo.train.prepare import (
@@ -136,7 +135,7 @@ def _preference_method(
     test = encode_pairs(encoder, held_out, max_dropped=most, what="held-out rows")
 
     sequences = [*sequences_of(train), *sequences_of(test)]
-    with _counting("Reference log-probabilities", len(sequences)) as advance:
+    with counting("Reference log-probabilities", len(sequences)) as advance:
         logps, cached = reference_logps(
             reference.model,
             sequences,
@@ -365,11 +364,3 @@ def _sample(
         lines.append(json.dumps(line, ensure_ascii=False))
     (run.folder / "samples").mkdir(exist_ok=True)
     atomic.write_text(run.folder / "samples" / "final.jsonl", "\n".join(lines) + "\n")
-
-
-@contextmanager
-def _counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar; the yielded function is called with what each piece of work adds."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, advance=done)

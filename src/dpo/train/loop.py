@@ -16,25 +16,21 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 
 from dpo.atomic import replace_folder
 from dpo.config import TrainingConfig
 from dpo.data.order import batch_rows, split_by_tokens, steps_per_epoch
 from dpo.errors import DivergedError, Stopped
+from dpo.progress import counting
 from dpo.train import checkpoint
 from dpo.train.run import Run
 from dpo.train.schedule import adamw, learning_rate
 
 log = logging.getLogger("dpo")
+
+SHOWN = ("eval/loss", "eval/perplexity", "eval/rewards/accuracy", "eval/kl", "eval/kl_stderr")
+"""The held-out metrics that are worth a line in the log; all are in metrics.jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,17 +144,22 @@ def fit(method: Method, policy: nn.Module, config: TrainingConfig, run: Run) -> 
     evaluate_every = every if config.evaluation.every == "epoch" else config.evaluation.every
     save_every = every if config.save_every == "epoch" else config.save_every
 
-    with _stop_request() as stop, _progress(total, progression.step) as advance:
+    detail = "loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+    with (
+        _stop_request() as stop,
+        counting("Training", total, done=progression.step, detail=detail) as advance,
+    ):
         if progression.step == 0:
             _evaluate(method, policy, progression, run, every)
         while progression.step < total:
             started = time.perf_counter()
-            row = training_step(method, policy, optimizer, config, step=progression.step)
+            metrics = training_step(method, policy, optimizer, config, step=progression.step)
             progression.step += 1
             seconds = time.perf_counter() - started
             progression.seconds += seconds
-            run.log(_with_rates(row, progression, seconds, every))
-            advance(row)
+            row = _with_rates(metrics, progression, seconds, every)
+            run.log(row)
+            advance(1, **row)
             last = progression.step == total
             if last or progression.step % evaluate_every == 0:
                 _evaluate(method, policy, progression, run, every)
@@ -291,10 +292,11 @@ def _evaluate(
     epoch = progression.step / steps_in_epoch
     seconds = round(time.perf_counter() - started, 3)
     run.log({"step": progression.step, "epoch": epoch, **metrics, "eval/seconds": seconds})
+    shown = {name: metrics[name] for name in SHOWN if name in metrics}
     log.info(
-        "Step %d: %s",
+        "Step %d, held out: %s.",
         progression.step,
-        ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items()),
+        ", ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in shown.items()),
     )
     if metrics["eval/loss"] < progression.best_loss:
         progression.best_loss, progression.best_step = metrics["eval/loss"], progression.step
@@ -346,30 +348,3 @@ def _stop_request() -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[Any]:
-    """A bar with rate and time left; the yielded function is called after each step."""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} tokens/s"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    from rich.console import Console
-
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Training", total=total, completed=done, loss=math.nan, rate=0.0)
-        started = time.perf_counter()
-        tokens = 0.0
-
-        def advance(row: dict[str, float]) -> None:
-            nonlocal tokens
-            tokens += row["num_tokens"]
-            rate = tokens / (time.perf_counter() - started)
-            bar.update(task, advance=1, loss=row["loss"], rate=rate)
-
-        yield advance

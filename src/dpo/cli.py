@@ -1,0 +1,292 @@
+"""The command line: parse, then import. What is heavy is loaded only by the command that needs
+it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dpo import __version__
+from dpo.errors import DPOError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CONFIGURATION = """
+
+[bold]Configuration.[/bold] An optional YAML file, then [cyan]key=value[/cyan] on top of it, dotted for
+sections: [cyan]loss.beta=0.3 batch.size=16[/cyan]. Unknown keys are errors. [cyan]dpo config
+train[/cyan] lists every key.
+"""
+
+app = typer.Typer(
+    name="dpo",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Direct Preference Optimization: train on preferences, compare, explain.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at preference data before training on it.")
+experiment_app = typer.Typer(no_args_is_help=True, help="Run a study: many runs, one table.")
+app.add_typer(data_app, name="data")
+app.add_typer(experiment_app, name="experiment")
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file, then settings.", show_default=False
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that comes with a model from the hub."),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    """Set up what all commands share."""
+    _set_up_logging(logging.WARNING if quiet else logging.INFO)
+
+
+def _set_up_logging(level: int) -> None:
+    """Our own lines on standard error; the libraries' only when they warn."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=False, show_level=False, log_time_format="[%X]"
+    )
+    log = logging.getLogger("dpo")
+    log.handlers = [handler]
+    log.setLevel(level)
+    log.propagate = False
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _quiet_transformers() -> None:
+    """Our progress bars replace those of the library."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _split_settings(settings: Sequence[str] | None) -> tuple[Path | None, list[str]]:
+    """The configuration file, if the first word is one, and the settings."""
+    words = list(settings or [])
+    if words and "=" not in words[0]:
+        return Path(words[0]), words[1:]
+    return None, words
+
+
+def _read(schema: type[Any], settings: Sequence[str] | None) -> Any:
+    from dpo.config import read_config
+
+    file, overrides = _split_settings(settings)
+    return read_config(schema, file, overrides)
+
+
+@app.command(help=f"Supervised fine-tuning: next-token loss on response tokens.{CONFIGURATION}")
+def sft(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+    """For example: dpo sft model=gpt2-medium data=prefs.jsonl out=runs/sft epochs=2."""
+    from dpo.config import SFTConfig
+
+    config = _read(SFTConfig, settings)
+    from dpo.report.runs import finish_run
+    from dpo.train.jobs import train_sft
+
+    _quiet_transformers()
+    finish_run(train_sft(config, trust_remote_code=trust_remote_code))
+
+
+@app.command(help=f"DPO from an SFT model, against a frozen reference.{CONFIGURATION}")
+def train(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+    """For example: dpo train model=runs/sft data=prefs.jsonl out=runs/first loss.beta=0.1."""
+    from dpo.config import PreferenceConfig
+
+    config = _read(PreferenceConfig, settings)
+    from dpo.report.runs import finish_run
+    from dpo.train.jobs import train_preference
+
+    _quiet_transformers()
+    finish_run(train_preference(config, trust_remote_code=trust_remote_code))
+
+
+@app.command(
+    help="Sentence-BERT win rates on held-out prompts, with intervals, nulls and tests."
+    f"{CONFIGURATION}"
+)
+def evaluate(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+    """For example: dpo evaluate models.sft=runs/sft models.dpo=runs/first data=prefs.jsonl."""
+    from dpo.config import EvaluateConfig
+
+    config = _read(EvaluateConfig, settings)
+    from dpo.evaluate.jobs import evaluate as run_evaluation
+    from dpo.report.runs import finish_evaluation
+
+    _quiet_transformers()
+    finish_evaluation(run_evaluation(config, trust_remote_code=trust_remote_code))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Data, weights, order, samples.")] = 0,
+    short: Annotated[
+        bool, typer.Option("--short", help="A tenth of the steps: shows that all works.")
+    ] = False,
+) -> None:
+    """The whole method in minutes, on the embedded data: base, SFT, DPO at three betas, evaluation.
+
+    Needs no network and no GPU. Ends with a table of true reward, KL and win rates, and figures.
+    """
+    from dpo.experiment.demo import run_demo
+
+    _quiet_transformers()
+    run_demo(out, seed=seed, short=short)
+
+
+@experiment_app.command("run", help=f"Every run of a study, its table and figures.{CONFIGURATION}")
+def experiment_run(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+    """For example: dpo experiment run studies/instruction.yaml data.path=instructions.json."""
+    from dpo.experiment.study import StudyConfig, run_study
+
+    config = _read(StudyConfig, settings)
+    _quiet_transformers()
+    run_study(config, trust_remote_code=trust_remote_code)
+
+
+@data_app.command("check")
+def data_check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders, hub id.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Model folder or hub id whose tokenizer counts the tokens.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="plain, alpaca, hh, question, chat, or a text with {prompt}.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Longer sequences are cut.")] = 512,
+    test: Annotated[
+        str | None, typer.Option(help="Held-out source to compare prompts with.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows shown as they are tokenised.")] = 3,
+    column: Annotated[
+        list[str] | None, typer.Option(help="ours=yours, e.g. --column prompt=question.")
+    ] = None,
+) -> None:
+    """Validate, count, measure, and show a few rows as the model will see them."""
+    from dpo.report.data import check_data
+
+    _quiet_transformers()
+    check_data(
+        files,
+        tokenizer=tokenizer,
+        template=template,
+        max_length=max_length,
+        test=test,
+        split=split,
+        num_shown=rows,
+        columns=dict(_pair(text) for text in column or []),
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, separator, yours = text.partition("=")
+    if not (separator and ours and yours):
+        raise InputError(f"--column {text}: expected ours=yours, e.g. prompt=question.")
+    return ours, yours
+
+
+@data_app.command("synthetic")
+def data_synthetic(
+    out: Annotated[Path, typer.Argument(help="File to write, .jsonl.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    demonstrations: Annotated[
+        bool, typer.Option("--demonstrations", help="Answers to imitate instead of pairs.")
+    ] = False,
+) -> None:
+    """Write the embedded data as JSONL: questions and answers with a known reward."""
+    from dpo.data import synthetic
+    from dpo.data.sources import write_jsonl
+
+    made = (
+        synthetic.demonstrations(num_rows=rows, seed=seed)
+        if demonstrations
+        else synthetic.preferences(num_rows=rows, seed=seed)
+    )
+    write_jsonl(made, out)
+    typer.echo(f"{len(made)} rows in {out}")
+
+
+@app.command()
+def config(
+    command: Annotated[str, typer.Argument(help="sft, train, evaluate or experiment.")],
+) -> None:
+    """List every key of a command's configuration: type, default, meaning."""
+    from dpo.report.settings import print_settings
+
+    print_settings(command)
+
+
+@app.command()
+def theory(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Checks to run; all by default.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
+) -> None:
+    """Check every statement of the report numerically: tolerance and measured error."""
+    from rich.console import Console
+
+    from dpo.theory import render, run, write_results
+
+    results = run(names or None)
+    Console().print(render(results))
+    if json is not None:
+        write_results(results, json)
+    if not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one sentence on standard error, with its exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=True)
+    except DPOError as error:
+        if debug:
+            raise
+        typer.echo(str(error), err=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        typer.echo("Interrupted.", err=True)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Responses of a model to held-out prompts, written down by content so that none is sampled
+twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dpo.atomic import write_text
+from dpo.data.prompts import as_text
+from dpo.data.rows import PreferenceRow
+from dpo.data.tokenize import Encoder
+from dpo.evaluate.records import Generation
+from dpo.models.generate import generate
+from dpo.models.load import max_positions, weights_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How responses are sampled."""
+
+    temperatures: tuple[float, ...]
+    samples_per_prompt: int
+    max_new_tokens: int
+    batch_size: int
+    precision: str
+    seed: int
+
+
+def sample_responses(
+    name: str,
+    model: nn.Module,
+    encoder: Encoder,
+    rows: Sequence[PreferenceRow],
+    sampling: Sampling,
+    folder: Path,
+    *,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Generation]:
+    """Responses to each row's prompt at each temperature, in the order temperature, row, sample.
+
+    Each temperature's responses go to a file in `folder` named by a digest of all that decides them
+    (weights, prompts, settings); where it is there already, nothing is sampled.
+
+    Args:
+        progress: called with the number of responses that become available.
+    """
+    positions = max_positions(model)
+    prompts = [
+        encoder.encode_prompt(
+            row.prompt, max_new_tokens=sampling.max_new_tokens, max_positions=positions
+        )
+        for row in rows
+    ]
+    identity = weights_digest(model)
+    found: list[Generation] = []
+    for temperature in sampling.temperatures:
+        key = _key(identity, prompts, encoder.stop_ids, sampling, temperature)
+        file = folder / f"{name}-t{temperature:g}-{key[:16]}.jsonl"
+        answers = _read(file)
+        if answers is None:
+            answers = _sample(model, encoder, prompts, sampling, temperature, progress)
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+            write_text(file, "".join(lines))
+        else:
+            progress(len(answers))
+        found += [
+            _generation(name, temperature, index, sample, rows[index], answer)
+            for (index, sample), answer in zip(_places(rows, sampling), answers, strict=True)
+        ]
+    return found
+
+
+def _places(rows: Sequence[Any], sampling: Sampling) -> list[tuple[int, int]]:
+    """(row, sample) of every response, samples of one row together."""
+    return [(i, s) for i in range(len(rows)) for s in range(sampling.samples_per_prompt)]
+
+
+def _sample(
+    model: nn.Module,
+    encoder: Encoder,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    temperature: float,
+    progress: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    places = _places(prompts, sampling)
+    responses = generate(
+        model,
+        [prompts[index] for index, _ in places],
+        keys=[f"{temperature:g}/{index}/{sample}" for index, sample in places],
+        temperature=temperature,
+        max_new_tokens=sampling.max_new_tokens,
+        stop_ids=encoder.stop_ids,
+        seed=sampling.seed,
+        batch_size=sampling.batch_size,
+        precision=sampling.precision,
+        progress=progress,
+    )
+    return [
+        {
+            "generated": encoder.decode(response.ids),
+            "num_tokens": len(response.ids) + (not response.truncated),
+            "truncated": response.truncated,
+        }
+        for response in responses
+    ]
+
+
+def _key(
+    identity: str,
+    prompts: Sequence[list[int]],
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    temperature: float,
+) -> str:
+    settings = asdict(sampling) | {"temperatures": temperature, "batch_size": None}
+    text = json.dumps([identity, prompts, list(stop_ids), settings])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _generation(
+    name: str,
+    temperature: float,
+    index: int,
+    sample: int,
+    row: PreferenceRow,
+    answer: dict[str, Any],
+) -> Generation:
+    return Generation(
+        model=name,
+        temperature=temperature,
+        prompt_index=index,
+        sample=sample,
+        prompt=as_text(row.prompt),
+        chosen=row.chosen,
+        rejected=row.rejected,
+        generated=str(answer["generated"]),
+        num_tokens=int(answer["num_tokens"]),
+        truncated=bool(answer["truncated"]),
+    )
+
+
+def _read(file: Path) -> list[dict[str, Any]] | None:
+    """Responses written before; None where there is no such file, or it is damaged."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,175 @@
+"""`dpo evaluate`: from a configuration to win rates, their nulls and their tests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo.config import EvaluateConfig, ModelConfig
+from dpo.data.rows import PreferenceRow
+from dpo.data.split import prompt_digest
+from dpo.data.synthetic import World
+from dpo.errors import InputError
+from dpo.evaluate.generations import Sampling, sample_responses
+from dpo.evaluate.records import Generation, ScoredGeneration
+from dpo.evaluate.sbert import SentenceScorer, load_sentence_model
+from dpo.evaluate.true_reward import RewardRow, true_reward_table, write_true_rewards
+from dpo.evaluate.winrate import (
+    PairedTest,
+    WinRateRow,
+    null_responses,
+    paired_tests,
+    score_generations,
+    win_rate_table,
+    write_results,
+)
+from dpo.models.load import find_model, max_positions
+from dpo.progress import counting
+from dpo.train.jobs import open_policy
+from dpo.train.prepare import (
+    SplitData,
+    choose_template,
+    load_preferences,
+    make_encoder,
+    seeded_choice,
+)
+from dpo.train.run import load_train_prompts
+
+log = logging.getLogger("dpo")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation found; `rewards` is empty where no true reward is known."""
+
+    folder: Path
+    table: list[WinRateRow]
+    tests: list[PairedTest]
+    rewards: list[RewardRow]
+    scored: list[ScoredGeneration]
+
+
+def evaluate(config: EvaluateConfig, *, trust_remote_code: bool = False) -> Evaluation:
+    """Generate with every model on the held-out prompts and judge the responses.
+
+    Raises:
+        InputError: a model or the data cannot be had, or a model was trained on a held-out prompt.
+    """
+    for name, path in config.models.items():  # before anything is loaded
+        find_model(path, key=f"models.{name}")
+    data = load_preferences(config.data)
+    rows = held_out_rows(data, config.max_prompts, config.seed)
+    for name, path in config.models.items():
+        check_held_out(name, path, rows, allow=config.allow_overlap)
+    embed = load_sentence_model(config.sentence_model.path)
+    log.info("%d held-out prompts; judged by %s.", len(rows), embed.name)
+    num_per_model = len(rows) * config.samples_per_prompt * len(config.temperatures)
+    records: list[Generation] = []
+    with counting("Generating", num_per_model * len(config.models)) as advance:
+        for name, path in config.models.items():
+            records += generate_with(
+                name, path, data, rows, config, advance, trust_remote_code=trust_remote_code
+            )
+    return judge(
+        records,
+        rows,
+        embed,
+        Path(config.out),
+        world=World(config.data.synthetic.num_facts) if data.shape == "synthetic" else None,
+        meta={**config.model_dump(mode="json", exclude={"out"}), "data_sha256": data.sha256},
+    )
+
+
+def held_out_rows(
+    data: SplitData[PreferenceRow], max_prompts: int, seed: int
+) -> list[PreferenceRow]:
+    """One held-out row for each prompt (its first), at most `max_prompts`, by a seeded choice."""
+    first: dict[int, PreferenceRow] = {}
+    for row in data.test:
+        if row.chosen != row.rejected:
+            first.setdefault(prompt_digest(row.prompt), row)
+    rows = list(first.values())
+    if not rows:
+        raise InputError("data: no held-out pair has two different responses.")
+    return [rows[i] for i in seeded_choice(len(rows), max_prompts, seed=seed)]
+
+
+def check_held_out(name: str, path: str, rows: Sequence[PreferenceRow], *, allow: bool) -> None:
+    """Refuse to evaluate on prompts that the model was trained on.
+
+    Raises:
+        InputError: some of the prompts are in the run's training prompts, and `allow` is False.
+    """
+    folder = Path(path).expanduser()
+    trained = load_train_prompts(folder)
+    if trained is None:
+        trained = load_train_prompts(folder.parent)
+    if trained is None:
+        log.info("models.%s: %s does not say which prompts it was trained on.", name, path)
+        return
+    shared = sum(prompt_digest(row.prompt) in trained for row in rows)
+    if shared and not allow:
+        raise InputError(
+            f"models.{name}: {path} was trained on {shared} of the {len(rows)} held-out prompts; "
+            "use the split it was trained with (data.test_fraction, data.split_seed), or set "
+            "allow_overlap=true."
+        )
+    if shared:
+        log.warning("models.%s was trained on %d of the %d prompts.", name, shared, len(rows))
+
+
+def generate_with(
+    name: str,
+    path: str,
+    data: SplitData[PreferenceRow],
+    rows: Sequence[PreferenceRow],
+    config: EvaluateConfig,
+    progress: Callable[[int], None],
+    *,
+    trust_remote_code: bool = False,
+) -> list[Generation]:
+    """One model's responses, prompted with the template that it was trained with."""
+    policy = open_policy(ModelConfig(path=path), [], config.seed, trust_remote_code)
+    template = choose_template(
+        config.data.template,
+        policy.template,
+        shape=data.shape,
+        conversational=data.conversational,
+    )
+    positions = max_positions(policy.model)
+    encoder = make_encoder(
+        policy.tokenizer, template, max_length=config.data.max_length, positions=positions
+    )
+    sampling = Sampling(
+        temperatures=tuple(config.temperatures),
+        samples_per_prompt=config.samples_per_prompt,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        seed=config.seed,
+    )
+    folder = Path(config.out) / "generations"
+    return sample_responses(name, policy.model, encoder, rows, sampling, folder, progress=progress)
+
+
+def judge(
+    records: Sequence[Generation],
+    rows: Sequence[PreferenceRow],
+    embed: SentenceScorer,
+    folder: Path,
+    *,
+    world: World | None,
+    meta: dict[str, object],
+) -> Evaluation:
+    """Score the responses and the null responses, and write the tables."""
+    scored = score_generations([*records, *null_responses(rows)], embed)
+    table, tests = win_rate_table(scored), paired_tests(scored)
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {**meta, "sentence_model": embed.name}
+    write_results(folder, scored=scored, table=table, tests=tests, meta=meta)
+    rewards = [] if world is None else true_reward_table(records, world)
+    if rewards:
+        write_true_rewards(folder / "true_rewards.csv", rewards)
+    return Evaluation(folder, table, tests, rewards, scored)
