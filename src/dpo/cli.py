@@ -1,6 +1,4 @@
-"""The command line: parse, then import. What is heavy is loaded only by the command that needs
-it.
-"""
+"""The command line: parse, then import; what is heavy is loaded only by what needs it."""
 
 from __future__ import annotations
 
@@ -18,12 +16,11 @@ from dpo.errors import DPOError, InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-CONFIGURATION = """
-
-[bold]Configuration.[/bold] An optional YAML file, then [cyan]key=value[/cyan] on top of it, dotted for
-sections: [cyan]loss.beta=0.3 batch.size=16[/cyan]. Unknown keys are errors. [cyan]dpo config
-train[/cyan] lists every key.
-"""
+CONFIGURATION = (
+    "\n\n[bold]Configuration.[/bold] An optional YAML file, then key=value on top, dotted for "
+    "sections: [cyan]loss.beta=0.3 batch.size=16[/cyan]. Unknown keys are errors. "
+    "[cyan]dpo config COMMAND[/cyan] lists every key."
+)
 
 app = typer.Typer(
     name="dpo",
@@ -58,7 +55,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[  # taken out of the words by main(), so that it may stand anywhere
+        bool, typer.Option("--debug", help="Show tracebacks of errors.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
@@ -107,9 +106,12 @@ def _read(schema: type[Any], settings: Sequence[str] | None) -> Any:
     return read_config(schema, file, overrides)
 
 
-@app.command(help=f"Supervised fine-tuning: next-token loss on response tokens.{CONFIGURATION}")
+@app.command(
+    help="Supervised fine-tuning: next-token loss on response tokens.\n\n"
+    "Example: [cyan]dpo sft model=gpt2-medium data=prefs.jsonl out=runs/sft epochs=2[/cyan]"
+    f"{CONFIGURATION}"
+)
 def sft(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
-    """For example: dpo sft model=gpt2-medium data=prefs.jsonl out=runs/sft epochs=2."""
     from dpo.config import SFTConfig
 
     config = _read(SFTConfig, settings)
@@ -120,9 +122,12 @@ def sft(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -
     finish_run(train_sft(config, trust_remote_code=trust_remote_code))
 
 
-@app.command(help=f"DPO from an SFT model, against a frozen reference.{CONFIGURATION}")
+@app.command(
+    help="DPO from an SFT model, against a frozen reference.\n\n"
+    "Example: [cyan]dpo train model=runs/sft data=prefs.jsonl out=runs/first loss.beta=0.1[/cyan]"
+    f"{CONFIGURATION}"
+)
 def train(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
-    """For example: dpo train model=runs/sft data=prefs.jsonl out=runs/first loss.beta=0.1."""
     from dpo.config import PreferenceConfig
 
     config = _read(PreferenceConfig, settings)
@@ -134,11 +139,12 @@ def train(settings: Settings = None, trust_remote_code: TrustRemoteCode = False)
 
 
 @app.command(
-    help="Sentence-BERT win rates on held-out prompts, with intervals, nulls and tests."
+    help="Sentence-BERT win rates on held-out prompts, with intervals, nulls and tests.\n\n"
+    "Example: [cyan]dpo evaluate models.sft=runs/sft models.dpo=runs/first data=prefs.jsonl "
+    "out=runs/evaluation[/cyan]"
     f"{CONFIGURATION}"
 )
 def evaluate(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
-    """For example: dpo evaluate models.sft=runs/sft models.dpo=runs/first data=prefs.jsonl."""
     from dpo.config import EvaluateConfig
 
     config = _read(EvaluateConfig, settings)
@@ -167,9 +173,13 @@ def demo(
     run_demo(out, seed=seed, short=short)
 
 
-@experiment_app.command("run", help=f"Every run of a study, its table and figures.{CONFIGURATION}")
+@experiment_app.command(
+    "run",
+    help="Every run of a study, its table and figures; finished runs are not repeated.\n\n"
+    "Example: [cyan]dpo experiment run studies/instruction.yaml data.path=prefs.json[/cyan]"
+    f"{CONFIGURATION}",
+)
 def experiment_run(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
-    """For example: dpo experiment run studies/instruction.yaml data.path=instructions.json."""
     from dpo.experiment.study import StudyConfig, run_study
 
     config = _read(StudyConfig, settings)
@@ -197,7 +207,7 @@ def data_check(
     ] = None,
 ) -> None:
     """Validate, count, measure, and show a few rows as the model will see them."""
-    from dpo.report.data import check_data
+    from dpo.report.data_check import check_data
 
     _quiet_transformers()
     check_data(
@@ -275,7 +285,7 @@ def main() -> None:
     """Run the command; a user's mistake is one sentence on standard error, with its exit code."""
     debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=True)
+        app(args=[word for word in sys.argv[1:] if word != "--debug"])
     except DPOError as error:
         if debug:
             raise

@@ -345,13 +345,13 @@ def known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in schema.model_fields.items():
         keys.append(prefix + name)
-        for section in _sections(field.annotation):
+        for section in sections_of(field.annotation):
             keys += known_keys(section, f"{prefix}{name}.")
     return keys
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
     """The configuration sections inside a type annotation."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
-    return [s for inner in getattr(annotation, "__args__", ()) for s in _sections(inner)]
+    return [s for inner in getattr(annotation, "__args__", ()) for s in sections_of(inner)]

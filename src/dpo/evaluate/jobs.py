@@ -51,8 +51,15 @@ class Evaluation:
     scored: list[ScoredGeneration]
 
 
-def evaluate(config: EvaluateConfig, *, trust_remote_code: bool = False) -> Evaluation:
+def evaluate(
+    config: EvaluateConfig, *, world: World | None = None, trust_remote_code: bool = False
+) -> Evaluation:
     """Generate with every model on the held-out prompts and judge the responses.
+
+    Args:
+        config: models, data, temperatures, the judge.
+        world: gives the true reward where the prompts are its own; for `data=synthetic` it is
+        known. trust_remote_code: run code that comes with a model.
 
     Raises:
         InputError: a model or the data cannot be had, or a model was trained on a held-out prompt.
@@ -77,7 +84,7 @@ def evaluate(config: EvaluateConfig, *, trust_remote_code: bool = False) -> Eval
         rows,
         embed,
         Path(config.out),
-        world=World(config.data.synthetic.num_facts) if data.shape == "synthetic" else None,
+        world=World(config.data.synthetic.num_facts) if data.shape == "synthetic" else world,
         meta={**config.model_dump(mode="json", exclude={"out"}), "data_sha256": data.sha256},
     )
 

@@ -65,6 +65,22 @@ def find_model(
     return ModelSource(name, False, revision, trust_remote_code)
 
 
+def find_tokenizer(name: str, *, trust_remote_code: bool = False) -> ModelSource:
+    """Where a tokenizer is; unlike a model's, its folder needs no config.json.
+
+    Raises:
+        InputError: a path where nothing is.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    if not folder.is_dir() and looks_like_a_path(name):
+        raise InputError(f"tokenizer: there is no folder {name}.")
+    return ModelSource(
+        str(folder) if folder.is_dir() else name, folder.is_dir(), None, trust_remote_code
+    )
+
+
 def _explain(error: Exception, what: str, source: ModelSource) -> InputError:
     """One sentence for whatever a loader raised."""
     reason = " ".join(str(error).split())

@@ -24,9 +24,9 @@ from dpo.models.export import model_card, save_pretrained
 from dpo.models.fresh import fresh_gpt2, train_tokenizer
 from dpo.models.generate import generate
 from dpo.models.load import (
-    ModelSource,
     check_fit,
     find_model,
+    find_tokenizer,
     load_model,
     load_tokenizer,
     max_positions,
@@ -172,20 +172,15 @@ def open_policy(
         return Policy(model.to(pick_device()), tokenizer, None, "fresh GPT-2")
     assert config.path is not None
     source = find_model(config.path, revision=config.revision, trust_remote_code=trust_remote_code)
-    other = config.tokenizer and find_tokenizer(config.tokenizer, trust_remote_code)
-    tokenizer = load_tokenizer(other or source)
+    tokenizer = load_tokenizer(
+        source
+        if config.tokenizer is None
+        else find_tokenizer(config.tokenizer, trust_remote_code=trust_remote_code)
+    )
     model = load_model(source)
     check_fit(model, tokenizer, name=config.path)
     template = load_template(Path(source.path)) if source.local else None
     return Policy(model.to(pick_device()), tokenizer, template, config.path)
-
-
-def find_tokenizer(name: str, trust_remote_code: bool) -> Any:
-    """Where `model.tokenizer` is; unlike a model's, its folder needs no config.json."""
-    folder = Path(name).expanduser()
-    return ModelSource(
-        str(folder) if folder.is_dir() else name, folder.is_dir(), None, trust_remote_code
-    )
 
 
 def make_run_encoder(config: TrainingConfig, policy: Policy, data: SplitData[Any]) -> Encoder:
