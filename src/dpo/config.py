@@ -31,7 +31,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _shorthand(value: Any) -> Any:
+def shorthand(value: Any) -> Any:
     """`model=gpt2` means `model.path=gpt2`; a list of files means `data.path` too."""
     return {"path": value} if isinstance(value, str | list) else value
 
@@ -147,8 +147,8 @@ class PreferenceEvaluation(EvaluationDuringTraining):
 class TrainingConfig(Section):
     """What every training command takes."""
 
-    model: Annotated[ModelConfig, BeforeValidator(_shorthand)]
-    data: Annotated[DataConfig, BeforeValidator(_shorthand)] = DataConfig()
+    model: Annotated[ModelConfig, BeforeValidator(shorthand)]
+    data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
     out: str = Field(description="The run directory.")
     seed: int = Field(0, ge=0, description="Order of the rows, dropout, samples.")
     epochs: Positive = Field(1.0, description="Passes over the training rows.")
@@ -192,7 +192,7 @@ class PreferenceConfig(TrainingConfig):
 
     loss: DPOLossConfig = DPOLossConfig()
     evaluation: PreferenceEvaluation = PreferenceEvaluation()
-    reference: Annotated[ModelConfig | None, BeforeValidator(_shorthand)] = Field(
+    reference: Annotated[ModelConfig | None, BeforeValidator(shorthand)] = Field(
         None, description="The reference, if not the model that training starts from."
     )
 
@@ -218,7 +218,7 @@ class EvaluateConfig(Section):
     """Generate on held-out prompts and compare with the chosen and the rejected response."""
 
     models: dict[str, str] = Field(description="Name: run directory, model folder or hub id.")
-    data: Annotated[DataConfig, BeforeValidator(_shorthand)] = DataConfig()
+    data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
     out: str = Field(description="Where the tables, figures and generations go.")
     temperatures: list[NonNegative] = Field([0.1, 0.25, 0.5, 0.75, 1.0], min_length=1)
     max_prompts: Count = Field(500, description="Held-out prompts used, at most (seeded choice).")
@@ -227,7 +227,7 @@ class EvaluateConfig(Section):
     batch_size: Count = Field(32, description="Prompts generated at once.")
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = Field(0, ge=0)
-    sentence_model: Annotated[SentenceConfig, BeforeValidator(_shorthand)] = SentenceConfig()
+    sentence_model: Annotated[SentenceConfig, BeforeValidator(shorthand)] = SentenceConfig()
     allow_overlap: bool = Field(
         False, description="Evaluate even where a model was trained on some of the prompts."
     )
@@ -295,13 +295,30 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text) if text.strip() else text
     except yaml.YAMLError:
         value = text
-    *parents, last = key.strip().split(".")
+    _set(values, key.strip(), value)
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, making the sections on the way."""
+    *parents, last = key.split(".")
     section = values
     for parent in parents:
-        inner = _shorthand(section.get(parent))
+        inner = shorthand(section.get(parent))
         section[parent] = dict(inner) if isinstance(inner, Mapping) else {}
         section = section[parent]
     section[last] = value
+
+
+def nested(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the values with dotted keys set on top.
+
+    >>> nested({"loss": {"beta": 1, "name": "dpo"}}, {"loss.beta": 0.3})
+    {'loss': {'beta': 0.3, 'name': 'dpo'}}
+    """
+    found = dict(values)
+    for key, value in settings.items():
+        _set(found, key, value)
+    return found
 
 
 def validate(schema: type[Config], values: Mapping[str, Any], *, where: str = "") -> Config:

@@ -48,7 +48,7 @@ log = logging.getLogger("dpo")
 
 BETAS = (1.0, 0.3, 0.1)
 TEMPLATE = "question"
-TEST_FRACTION = 0.2
+TEST_FRACTION = 0.25
 MAX_NEW_TOKENS = 48
 MAX_LENGTH = 96
 
@@ -86,18 +86,18 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> list[DemoRow]:
     scale = 0.1 if short else 1.0
     base = _make_base(out, seed)
     sft = _train_sft(out, base, seed, steps=round(700 * scale))
-    pairs = _sample_pairs(out, sft, world, seed, num_per_prompt=1 if short else 4)
+    pairs = _sample_pairs(out, sft, world, seed, num_per_prompt=1 if short else 8)
     models = {
         "base": base,
         "SFT": sft,
         "preferred-FT": _train_preferred(out, sft, pairs, seed, scale),
     }
     for beta in BETAS:
-        models[f"DPO beta {beta:g}"] = _train_dpo(out, sft, pairs, seed, beta, round(120 * scale))
+        models[f"DPO beta {beta:g}"] = _train_dpo(out, sft, pairs, seed, beta, round(150 * scale))
     log.info("Evaluating %d models on held-out questions.", len(models))
-    evaluation = _evaluate(out, models, pairs, seed, samples_per_prompt=2 if short else 8)
+    evaluation = _evaluate(out, models, pairs, seed, samples_per_prompt=2 if short else 4)
     kls = {
-        name: _kl(folder, sft, evaluation, seed, samples_per_prompt=1 if short else 8)
+        name: _kl(folder, sft, evaluation, seed, samples_per_prompt=1 if short else 4)
         for name, folder in models.items()
     }
     rows = _rows(models, evaluation, kls)
@@ -166,7 +166,7 @@ def _train_dpo(out: Path, sft: Path, pairs: Path, seed: int, beta: float, steps:
     values = _common(out / f"dpo-beta-{beta:g}", sft, seed, steps) | {
         "data": _data(str(pairs)),
         "loss": {"beta": beta},
-        "optimizer": {"learning_rate": 2e-4, "schedule": "constant"},
+        "optimizer": {"learning_rate": 2e-4},
         "evaluation": {"every": max(steps // 6, 1), "max_new_tokens": MAX_NEW_TOKENS},
     }
     return train_preference(validate(PreferenceConfig, values))
