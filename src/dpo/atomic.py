@@ -6,13 +6,14 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import StorageError
+from dpo.errors import DPOError, StorageError
 
 _STORAGE_FAILURES = {
     errno.ENOSPC: "the disk is full",
@@ -20,7 +21,11 @@ _STORAGE_FAILURES = {
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "writing there is not permitted",
     errno.EPERM: "writing there is not permitted",
+    errno.EEXIST: "a file of that name is in the way",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.ENOENT: "its folder does not exist",
 }
+_RUST_OS_ERROR = re.compile(r"os error (\d+)")
 
 
 @contextmanager
@@ -28,11 +33,26 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Turn a failure of the disk into one sentence that names the path."""
     try:
         yield
-    except OSError as error:
-        if isinstance(error, StorageError):
+    except DPOError:
+        raise
+    except Exception as error:
+        number = _os_error_number(error)
+        if number is None:
             raise
-        reason = _STORAGE_FAILURES.get(error.errno or 0, str(error))
+        reason = _STORAGE_FAILURES.get(number, str(error))
         raise StorageError(f"{path} cannot be written: {reason}.") from error
+
+
+def _os_error_number(error: Exception) -> int | None:
+    """The operating system's number of a failure, or None where it is none of its.
+
+    safetensors and tokenizers are written in Rust and raise types of their own on a full disk; only
+    the text holds the number.
+    """
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _RUST_OS_ERROR.search(str(error))
+    return int(found.group(1)) if found else None
 
 
 def fsync_folder(folder: Path) -> None:
@@ -44,8 +64,10 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under another name, flush it to the disk, and rename it into place.
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Write a new file under another name; it is flushed and takes the place of `path` when
+    complete.
 
     Raises:
         StorageError: the disk is full, read-only or gone; an older file is left as it was.
@@ -53,14 +75,28 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
+            yield temporary
+            _fsync_file(temporary)
             temporary.replace(path)
             fsync_folder(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def _fsync_file(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all.
+
+    Raises:
+        StorageError: the disk is full, read-only or gone; an older file is left as it was.
+    """
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -95,8 +131,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
-                    with file.open("rb") as stream:
-                        os.fsync(stream.fileno())
+                    _fsync_file(file)
             fsync_folder(temporary)
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
@@ -105,4 +140,22 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             fsync_folder(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not folder.exists():
+                old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what killed writers left in `folder` and the folders in it; what they had moved aside
+    comes back.
+
+    Only for a folder that no other process writes to.
+    """
+    for torn in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp"), *folder.glob(".*.old")]:
+        final = torn.with_name(torn.name[1:-4])
+        if torn.suffix == ".old" and not final.exists():
+            torn.rename(final)
+        elif torn.is_dir():
+            shutil.rmtree(torn, ignore_errors=True)
+        else:
+            torn.unlink(missing_ok=True)

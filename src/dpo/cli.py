@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -258,7 +259,25 @@ def config(
     """List every key of a command's configuration: type, default, meaning."""
     from dpo.report.settings import print_settings
 
-    print_settings(command)
+    print_settings(command, _schema(command))
+
+
+def _schema(command: str) -> type[Any]:
+    """The configuration of a command."""
+    from dpo import config
+
+    known = {
+        "sft": config.SFTConfig,
+        "train": config.PreferenceConfig,
+        "evaluate": config.EvaluateConfig,
+    }
+    if command == "experiment":  # heavy, so only where it is asked for
+        from dpo.experiment.study import StudyConfig
+
+        return StudyConfig
+    if command not in known:
+        raise InputError(f"{command}: expected one of {', '.join(known)}, experiment.")
+    return known[command]
 
 
 @app.command()
@@ -288,14 +307,9 @@ def main() -> None:
         app(args=[word for word in sys.argv[1:] if word != "--debug"])
     except DPOError as error:
         if debug:
-            raise
+            traceback.print_exception(error)
         typer.echo(str(error), err=True)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        typer.echo("Interrupted.", err=True)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dpo.errors import InputError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 PLAIN_NAME = re.compile(r"[\w+-][\w.+ -]*")
@@ -68,7 +69,7 @@ class SyntheticConfig(Section):
 
     num_facts: Count = Field(80, le=80, description="Facts; each is asked in four phrasings.")
     num_rows: Count = Field(2000, description="Demonstrations or preference pairs to draw.")
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class DataConfig(Section):
@@ -86,7 +87,7 @@ class DataConfig(Section):
         None, description="plain, alpaca, hh, question, chat, or a text with {prompt} in it."
     )
     test_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the prompts held out.")
-    split_seed: int = Field(0, ge=0, description="Decides which prompts are held out.")
+    split_seed: Seed = Field(0, description="Decides which prompts are held out.")
     max_length: Annotated[int, Field(ge=2)] = Field(512, description="Prompt and response, tokens.")
     max_dropped: float = Field(
         0.01, ge=0, le=1, description="Share of rows that may be dropped before the run stops."
@@ -98,6 +99,10 @@ class DataConfig(Section):
         given = self.model_fields_set
         if self.path != "synthetic" and "synthetic" in given:
             raise ValueError("data.synthetic has no effect unless data is 'synthetic'")
+        if self.path == "synthetic":
+            for name in ("test", "split", "revision", "columns"):
+                if getattr(self, name):
+                    raise ValueError(f"data.{name} has no effect when data is 'synthetic'")
         if self.test is not None and given & {"test_fraction", "split_seed"}:
             raise ValueError("test_fraction and split_seed have no effect when data.test is given")
         return self
@@ -150,7 +155,7 @@ class TrainingConfig(Section):
     model: Annotated[ModelConfig, BeforeValidator(shorthand)]
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
     out: str = Field(description="The run directory.")
-    seed: int = Field(0, ge=0, description="Order of the rows, dropout, samples.")
+    seed: Seed = Field(0, description="Order of the rows, dropout, samples.")
     epochs: Positive = Field(1.0, description="Passes over the training rows.")
     max_steps: Count | None = Field(None, description="Optimizer steps instead of epochs.")
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -221,19 +226,21 @@ class EvaluateConfig(Section):
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
     out: str = Field(description="Where the tables, figures and generations go.")
     temperatures: list[NonNegative] = Field([0.1, 0.25, 0.5, 0.75, 1.0], min_length=1)
-    max_prompts: Count = Field(500, description="Held-out prompts used, at most (seeded choice).")
+    max_prompts: int = Field(
+        500, ge=2, description="Held-out prompts used, at most (seeded choice)."
+    )
     samples_per_prompt: Count = 1
     max_new_tokens: Count = 256
     batch_size: Count = Field(32, description="Prompts generated at once.")
     precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     sentence_model: Annotated[SentenceConfig, BeforeValidator(shorthand)] = SentenceConfig()
     allow_overlap: bool = Field(
         False, description="Evaluate even where a model was trained on some of the prompts."
     )
 
     @model_validator(mode="after")
-    def _some_model(self) -> EvaluateConfig:
+    def _meaningful(self) -> EvaluateConfig:
         if not self.models:
             raise ValueError("models: name at least one, e.g. models.sft=runs/sft")
         for name in self.models:
@@ -242,6 +249,8 @@ class EvaluateConfig(Section):
                     f"models: {name!r} names files, so it may hold letters, digits, '.', '_', '+', "
                     "'-' and spaces only, and must not begin with '.'"
                 )
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise ValueError(f"temperatures: expected different ones, got {self.temperatures}")
         effectless = self.data.model_fields_set & {"max_length", "max_dropped"}
         if effectless:
             raise ValueError(f"data.{min(effectless)} has no effect in an evaluation")

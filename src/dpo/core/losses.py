@@ -30,8 +30,8 @@ def dpo(
         policy_rejected_logps: log pi(rejected|x), (B,).
         reference_chosen_logps: log pi_ref(chosen|x), (B,); no gradient flows through it.
         reference_rejected_logps: log pi_ref(rejected|x), (B,).
-        beta: strength of the pull towards the reference, > 0; the reward is measured in units of
-        it. label_smoothing: in [0, 1/2).
+        beta: strength of the pull towards the reference, > 0; the reward is in units of it.
+        label_smoothing: in [0, 1/2).
 
     >>> import torch
     >>> w, l, ref = torch.tensor([-10.0]), torch.tensor([-12.0]), torch.tensor([-11.0])
@@ -40,7 +40,7 @@ def dpo(
     >>> round(dpo(w, l, w, l, beta=0.5).item(), 4)  # policy = reference: log 2
     0.6931
     """
-    chosen_log_ratio = policy_chosen_logps - reference_chosen_logps
-    rejected_log_ratio = policy_rejected_logps - reference_rejected_logps
+    chosen_log_ratio = policy_chosen_logps - reference_chosen_logps.detach()
+    rejected_log_ratio = policy_rejected_logps - reference_rejected_logps.detach()
     margin = beta * (chosen_log_ratio - rejected_log_ratio)
     return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)

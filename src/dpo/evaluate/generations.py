@@ -20,6 +20,7 @@ from dpo.data.tokenize import Encoder
 from dpo.evaluate.records import Generation
 from dpo.models.generate import generate
 from dpo.models.load import max_positions, weights_digest
+from dpo.train.prepare import encode_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +53,18 @@ def sample_responses(
     Args:
         progress: called with the number of responses that become available.
     """
-    positions = max_positions(model)
-    prompts = [
-        encoder.encode_prompt(
-            row.prompt, max_new_tokens=sampling.max_new_tokens, max_positions=positions
-        )
-        for row in rows
-    ]
+    prompts = encode_prompts(
+        encoder,
+        [row.prompt for row in rows],
+        max_new_tokens=sampling.max_new_tokens,
+        positions=max_positions(model),
+    )
     identity = weights_digest(model)
     found: list[Generation] = []
     for temperature in sampling.temperatures:
         key = _key(identity, prompts, encoder.stop_ids, sampling, temperature)
         file = folder / f"{name}-t{temperature:g}-{key[:16]}.jsonl"
-        answers = _read(file)
+        answers = _read(file, len(_places(rows, sampling)))
         if answers is None:
             answers = _sample(model, encoder, prompts, sampling, temperature, progress)
             folder.mkdir(parents=True, exist_ok=True)
@@ -149,10 +149,15 @@ def _generation(
     )
 
 
-def _read(file: Path) -> list[dict[str, Any]] | None:
+def _read(file: Path, num_responses: int) -> list[dict[str, Any]] | None:
     """Responses written before; None where there is no such file, or it is damaged."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line]
+        answers = [json.loads(line) for line in lines if line]
     except (OSError, ValueError):
         return None
+    whole = len(answers) == num_responses and all(
+        isinstance(answer, dict) and answer.keys() == {"generated", "num_tokens", "truncated"}
+        for answer in answers
+    )
+    return answers if whole else None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo.atomic import storage_errors
 from dpo.config import EvaluateConfig, ModelConfig
 from dpo.data.rows import PreferenceRow
 from dpo.data.split import prompt_digest
@@ -70,6 +71,8 @@ def evaluate(
     rows = held_out_rows(data, config.max_prompts, config.seed)
     for name, path in config.models.items():
         check_held_out(name, path, rows, allow=config.allow_overlap)
+    with storage_errors(Path(config.out)):
+        Path(config.out).mkdir(parents=True, exist_ok=True)
     embed = load_sentence_model(config.sentence_model.path)
     log.info("%d held-out prompts; judged by %s.", len(rows), embed.name)
     num_per_model = len(rows) * config.samples_per_prompt * len(config.temperatures)
@@ -98,8 +101,11 @@ def held_out_rows(
         if row.chosen != row.rejected:
             first.setdefault(prompt_digest(row.prompt), row)
     rows = list(first.values())
-    if not rows:
-        raise InputError("data: no held-out pair has two different responses.")
+    if len(rows) < 2:
+        raise InputError(
+            f"data: {len(rows)} held-out prompts have a pair of two different responses; expected "
+            "at least 2, since the null responses answer with another prompt's."
+        )
     return [rows[i] for i in seeded_choice(len(rows), max_prompts, seed=seed)]
 
 
@@ -109,10 +115,7 @@ def check_held_out(name: str, path: str, rows: Sequence[PreferenceRow], *, allow
     Raises:
         InputError: some of the prompts are in the run's training prompts, and `allow` is False.
     """
-    folder = Path(path).expanduser()
-    trained = load_train_prompts(folder)
-    if trained is None:
-        trained = load_train_prompts(folder.parent)
+    trained = load_train_prompts(Path(path).expanduser())
     if trained is None:
         log.info("models.%s: %s does not say which prompts it was trained on.", name, path)
         return

@@ -86,14 +86,14 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> list[DemoRow]:
     scale = 0.1 if short else 1.0
     base = _make_base(out, seed)
     sft = _train_sft(out, base, seed, steps=round(700 * scale))
-    pairs = _sample_pairs(out, sft, world, seed, num_per_prompt=1 if short else 8)
+    pairs = _sample_pairs(out, sft, world, seed, num_per_prompt=1 if short else 12)
     models = {
         "base": base,
         "SFT": sft,
         "preferred-FT": _train_preferred(out, sft, pairs, seed, scale),
     }
     for beta in BETAS:
-        models[f"DPO beta {beta:g}"] = _train_dpo(out, sft, pairs, seed, beta, round(150 * scale))
+        models[f"DPO beta {beta:g}"] = _train_dpo(out, sft, pairs, seed, beta, round(100 * scale))
     log.info("Evaluating %d models on held-out questions.", len(models))
     evaluation = _evaluate(out, models, pairs, seed, samples_per_prompt=2 if short else 4)
     kls = {
@@ -167,7 +167,7 @@ def _train_dpo(out: Path, sft: Path, pairs: Path, seed: int, beta: float, steps:
         "data": _data(str(pairs)),
         "loss": {"beta": beta},
         "optimizer": {"learning_rate": 2e-4},
-        "evaluation": {"every": max(steps // 6, 1), "max_new_tokens": MAX_NEW_TOKENS},
+        "evaluation": {"every": max(steps // 5, 1), "max_new_tokens": MAX_NEW_TOKENS},
     }
     return train_preference(validate(PreferenceConfig, values))
 

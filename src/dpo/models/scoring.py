@@ -35,7 +35,7 @@ def _scored_positions_only(model: nn.Module, row: Tensor, column: Tensor) -> Ite
     precision of the trunk.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    forward = head.forward
+    forward, replaced = head.forward, vars(head).get("forward")  # accelerate replaces it, say
 
     def selected(hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -47,6 +47,8 @@ def _scored_positions_only(model: nn.Module, row: Tensor, column: Tensor) -> Ite
         yield
     finally:
         del head.forward
+        if replaced is not None:
+            head.forward = replaced
 
 
 def scored_logits(

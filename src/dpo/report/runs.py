@@ -57,7 +57,7 @@ def run_table(folder: Path, metrics: list[dict[str, Any]]) -> Table:
     held_out = _held_out(metrics)
     best_step = read_manifest(folder).get("best_step", 0)
     best = next((row for row in held_out if row["step"] == best_step), held_out[-1])
-    table = Table(title=str(folder))
+    table = Table(title=Text(str(folder)))
     table.add_column("held-out rows")
     for name, row in (("start", held_out[0]), ("best", best), ("end", held_out[-1])):
         table.add_column(f"{name} (step {row['step']})", justify="right")

@@ -10,33 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, sections_of
-from dpo.errors import InputError
+from dpo.config import sections_of
 
 
-def schemas() -> dict[str, type[BaseModel]]:
-    """The configuration of each command."""
-    from dpo.experiment.study import StudyConfig
-
-    return {
-        "sft": SFTConfig,
-        "train": PreferenceConfig,
-        "evaluate": EvaluateConfig,
-        "experiment": StudyConfig,
-    }
-
-
-def print_settings(command: str) -> None:
-    """Print the keys of one command.
-
-    Raises:
-        InputError: there is no such command, or it takes no configuration.
-    """
-    known = schemas()
-    if command not in known:
-        raise InputError(f"{command}: expected one of {', '.join(known)}.")
+def print_settings(command: str, schema: type[BaseModel]) -> None:
+    """Print the keys of one command."""
     table = Table("key", "default", "meaning", title=f"dpo {command}")
-    for key, default, meaning in settings_of(known[command]):
+    for key, default, meaning in settings_of(schema):
         table.add_row(Text(key), Text(default), Text(meaning))
     Console().print(table)
 

@@ -84,7 +84,7 @@ def paper_style() -> Iterator[None]:
     """Everything made and saved inside the block has the look."""
     import matplotlib
 
-    with matplotlib.rc_context(_RC):  # pyright: ignore[reportArgumentType]
+    with matplotlib.rc_context(_RC):  # type: ignore[arg-type]
         yield
 
 
@@ -235,7 +235,8 @@ def _shared(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
     """Area that each box shares with each other one, (N, M)."""
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    return np.prod(np.maximum(high - low, 0.0), axis=2)
+    area: NDArray[np.float64] = np.prod(np.maximum(high - low, 0.0), axis=2)
+    return area
 
 
 def save_figure(

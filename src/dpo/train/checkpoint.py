@@ -57,8 +57,11 @@ def save(root: Path, policy: nn.Module, optimizer: Optimizer, state: dict[str, A
             for file in sorted(temporary.iterdir())
         }
         write_json(temporary / MANIFEST, {"files": files})
-    for old in sorted(root.glob("step-*"))[:-NUM_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    # What is newer than this step did not verify when the run was resumed, and comes again.
+    until_now = sorted(old for old in root.glob("step-*") if old.name <= folder.name)
+    for old in root.glob("step-*"):
+        if old not in until_now[-NUM_KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -39,13 +39,14 @@ from dpo.train.preference import PreferenceMethod, encode_pairs, sequences_of
 from dpo.train.prepare import (
     SplitData,
     choose_template,
+    encode_prompts,
     load_demonstrations,
     load_preferences,
     make_encoder,
     seeded_choice,
 )
 from dpo.train.reference import reference_logps
-from dpo.train.run import Run, open_run, save_train_prompts
+from dpo.train.run import Run, load_train_prompts, open_run, save_train_prompts
 from dpo.train.sft import SupervisedMethod, encode_demonstrations
 
 log = logging.getLogger("dpo")
@@ -89,7 +90,7 @@ def train_sft(config: SFTConfig, *, trust_remote_code: bool = False) -> Path:
             max_tokens=config.batch.max_tokens,
             save=_saver(config, policy, encoder, "Supervised fine-tuning on response tokens."),
         )
-        save_train_prompts(run.folder, (prompt_digest(row.prompt) for row in data.train))
+        save_train_prompts(run.folder, _prompts_seen(config, data))
         fit(method, policy.model, config, run)
         _sample(policy, encoder, held_out, config, run)
         run.update_manifest(status="finished")
@@ -113,7 +114,7 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
         if run.finished:
             return run.folder
         method = _preference_method(config, data, policy, reference, encoder, run)
-        save_train_prompts(run.folder, (prompt_digest(row.prompt) for row in data.train))
+        save_train_prompts(run.folder, _prompts_seen(config, data))
         fit(method, policy.model, config, run)
         _sample(policy, encoder, _choose(data.test, config), config, run)
         run.update_manifest(status="finished")
@@ -208,6 +209,12 @@ def _check_same_tokens(policy: Policy, reference: Policy) -> None:
         )
 
 
+def _prompts_seen(config: TrainingConfig, data: SplitData[Any]) -> set[int]:
+    """Digests of the prompts of this run and of the runs that its model comes from."""
+    before = load_train_prompts(Path(config.model.path).expanduser()) if config.model.path else None
+    return (before or set()) | {prompt_digest(row.prompt) for row in data.train}
+
+
 @contextmanager
 def _opened(
     config: TrainingConfig,
@@ -277,7 +284,12 @@ def _kl(
     if settings.kl_prompts == 0:
         return None
     prompts = _distinct_prompts(held_out, settings.kl_prompts, config.seed)
-    ids = _prompt_ids(encoder, prompts, settings.max_new_tokens, policy.model)
+    ids = encode_prompts(
+        encoder,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        positions=max_positions(policy.model),
+    )
 
     def estimate(model: nn.Module) -> KLEstimate:
         return on_policy_kl(
@@ -306,16 +318,6 @@ def _distinct_prompts(rows: Sequence[Any], most: int, seed: int) -> list[Any]:
     return [prompts[i] for i in seeded_choice(len(prompts), most, seed=seed)]
 
 
-def _prompt_ids(
-    encoder: Encoder, prompts: Sequence[Any], max_new_tokens: int, model: nn.Module
-) -> list[list[int]]:
-    positions = max_positions(model)
-    return [
-        encoder.encode_prompt(p, max_new_tokens=max_new_tokens, max_positions=positions)
-        for p in prompts
-    ]
-
-
 def _sample(
     policy: Policy,
     encoder: Encoder,
@@ -331,7 +333,12 @@ def _sample(
     prompts = _distinct_prompts(held_out, settings.num_samples, config.seed)
     responses = generate(
         policy.model,
-        _prompt_ids(encoder, prompts, settings.max_new_tokens, policy.model),
+        encode_prompts(
+            encoder,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            positions=max_positions(policy.model),
+        ),
         keys=[f"sample/{i}" for i in range(len(prompts))],
         temperature=settings.sample_temperature,
         max_new_tokens=settings.max_new_tokens,

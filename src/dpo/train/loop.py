@@ -105,6 +105,14 @@ class Progression:
         )
 
 
+class NonFiniteStep(DivergedError):
+    """A step whose update was not made, with the numbers that stopped it."""
+
+    def __init__(self, message: str, metrics: dict[str, float]) -> None:
+        super().__init__(message)
+        self.metrics = metrics
+
+
 @dataclass
 class StopRequest:
     """Set by SIGTERM or SIGINT; the loop saves and leaves after the step at hand."""
@@ -126,7 +134,8 @@ def fit(method: Method, policy: nn.Module, config: TrainingConfig, run: Run) -> 
     weights, the optimizer and its own number, and on nothing else.
 
     Raises:
-        DivergedError: a loss or gradient is not finite; the update was not made.
+        DivergedError: a loss, a gradient or an updated weight is not finite; what is not is logged
+            as it is and never saved.
         Stopped: SIGTERM or SIGINT came; the state is saved.
         CheckpointError: there are checkpoints and none can be trusted.
     """
@@ -153,7 +162,11 @@ def fit(method: Method, policy: nn.Module, config: TrainingConfig, run: Run) -> 
             _evaluate(method, policy, progression, run, every)
         while progression.step < total:
             started = time.perf_counter()
-            metrics = training_step(method, policy, optimizer, config, step=progression.step)
+            try:
+                metrics = training_step(method, policy, optimizer, config, step=progression.step)
+            except NonFiniteStep as error:
+                run.log({"step": progression.step + 1, **error.metrics})
+                raise
             progression.step += 1
             seconds = time.perf_counter() - started
             progression.seconds += seconds
@@ -240,10 +253,11 @@ def _check_finite(
     if math.isfinite(loss) and math.isfinite(gradient_norm):
         return
     sources = ", ".join(method.describe(row) for row in rows[:5])
-    raise DivergedError(
+    raise NonFiniteStep(
         f"Step {step + 1}: the loss is {loss} and the gradient norm {gradient_norm}; "
         f"the update was not made and the last checkpoint stays. Rows of the batch: {sources}"
-        f"{', ...' if len(rows) > 5 else ''}. Try a smaller learning rate."
+        f"{', ...' if len(rows) > 5 else ''}. Try a smaller learning rate.",
+        {"loss": loss, "gradient_norm": gradient_norm},
     )
 
 
@@ -277,6 +291,12 @@ def _resume(policy: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> Pr
 def _save(
     policy: nn.Module, optimizer: torch.optim.Optimizer, progression: Progression, run: Run
 ) -> None:
+    for name, parameter in policy.named_parameters():
+        if not parameter.isfinite().all():
+            raise DivergedError(
+                f"Step {progression.step}: its update made {name} overflow; it is not saved and "
+                "the last checkpoint stays. Try a smaller learning rate."
+            )
     run.checkpoints.mkdir(exist_ok=True)
     checkpoint.save(run.checkpoints, policy, optimizer, progression.as_state())
 
@@ -298,6 +318,14 @@ def _evaluate(
         progression.step,
         ", ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in shown.items()),
     )
+    if not math.isfinite(metrics["eval/loss"]):
+        advice = (
+            "Try a smaller learning rate" if progression.step else "Look at the model's weights"
+        )
+        raise DivergedError(
+            f"Step {progression.step}: the held-out loss is {metrics['eval/loss']}; the last "
+            f"checkpoint stays. {advice}."
+        )
     if metrics["eval/loss"] < progression.best_loss:
         progression.best_loss, progression.best_step = metrics["eval/loss"], progression.step
         with replace_folder(run.folder / "best") as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ class PreferenceMethod:
         found = {"eval/loss": pair.loss(self.loss_config).mean().item()}
         for name, value in pair.metrics(self.loss_config.beta).items():
             found[f"eval/{name}"] = value.mean().item()
-        if self.kl is not None:
+        if self.kl is not None and math.isfinite(found["eval/loss"]):  # NaN cannot be sampled from
             estimate = self.kl(policy)
             found["eval/kl"], found["eval/kl_stderr"] = estimate.mean, estimate.stderr
             found["eval/kl_truncated"] = estimate.truncated

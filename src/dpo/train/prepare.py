@@ -15,7 +15,7 @@ import numpy as np
 from dpo.config import DataConfig
 from dpo.data import synthetic
 from dpo.data.prompts import PromptTemplate, as_text, default_template, resolve_template
-from dpo.data.rows import DemonstrationRow, PreferenceRow, Row
+from dpo.data.rows import DemonstrationRow, PreferenceRow, Prompt, Row
 from dpo.data.sources import LoadedRows, as_demonstrations, as_pairs, load_rows
 from dpo.data.split import overlap, split_by_prompt
 from dpo.data.tokenize import Encoder
@@ -47,7 +47,7 @@ def load_demonstrations(
     """
     if data.path == "synthetic":
         made = synthetic.demonstrations(**data.synthetic.model_dump())
-        return _split(data, made, None, "synthetic")
+        return _split(data, as_demonstrations(made, response=response), None, "synthetic")
     return _load(data, lambda rows: as_demonstrations(rows, response=response))
 
 
@@ -134,6 +134,32 @@ def make_encoder(
     if max_length > positions:
         log.info("Sequences are cut at the model's %d positions.", positions)
     return Encoder(tokenizer, template, min(max_length, positions))
+
+
+def encode_prompts(
+    encoder: Encoder, prompts: Sequence[Prompt], *, max_new_tokens: int, positions: int
+) -> list[list[int]]:
+    """Token ids of prompts to generate from; says how many lost their beginning to make room."""
+    encoded = [
+        encoder.encode_prompt(prompt, max_new_tokens=max_new_tokens, max_positions=positions)
+        for prompt in prompts
+    ]
+    room = positions - max_new_tokens
+    cut = sum(
+        len(ids) == room and len(encoder.prompt_ids(prompt)) > room
+        for ids, prompt in zip(encoded, prompts, strict=True)
+    )
+    if cut:
+        log.warning(
+            "%d of %d prompts lost their beginning: %d new tokens leave room for %d in the model's "
+            "%d positions.",
+            cut,
+            len(prompts),
+            max_new_tokens,
+            room,
+            positions,
+        )
+    return encoded
 
 
 def report_cuts(encoded: Sequence[Any], *, what: str) -> None:

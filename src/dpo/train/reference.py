@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dpo.atomic import storage_errors
+from dpo.atomic import replace_file, storage_errors
 from dpo.data.tokenize import TokenSequence
 from dpo.models.load import weights_digest
 from dpo.models.scoring import response_logps
@@ -73,9 +73,8 @@ def reference_logps(
     )
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        save_file({"logps": values}, temporary)
-        temporary.replace(file)
+    with replace_file(file) as temporary:
+        save_file({"logps": values}, temporary, metadata={"sha256": _digest(values)})
     return values, False
 
 
@@ -104,7 +103,13 @@ def score_all(
 def _read(file: Path, num_sequences: int) -> Tensor | None:
     """Cached values; a damaged file counts as none."""
     try:
-        values = load_file(file)["logps"]
-    except (OSError, KeyError, SafetensorError):
+        with safe_open(file, framework="pt") as cached:
+            values: Tensor = cached.get_tensor("logps")
+            digest = (cached.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError):
         return None
-    return values if values.shape == (num_sequences,) else None
+    return values if values.shape == (num_sequences,) and _digest(values) == digest else None
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()

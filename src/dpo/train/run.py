@@ -20,9 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from dpo.atomic import jsonable, storage_errors, write_json
+from dpo.atomic import (
+    clean_up,
+    jsonable,
+    replace_file,
+    storage_errors,
+    write_json,
+    write_text,
+)
 from dpo.errors import InputError
 
 LIBRARIES = ("direct-preference-optimization", "torch", "transformers", "tokenizers", "numpy")
@@ -71,7 +79,7 @@ class Run:
         """Drop metrics of steps after `step`: they are about to be trained again."""
         kept = [row for row in self.metrics() if int(row["step"]) <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        self.metrics_file.write_text(text, encoding="utf-8")
+        write_text(self.metrics_file, text)
 
     def update_manifest(self, **fields: Any) -> None:
         """Set fields of `manifest.json`."""
@@ -111,37 +119,46 @@ def open_run(folder: Path, identity: Mapping[str, Any]) -> Run:
 
     Raises:
         InputError: the directory belongs to another run (with the difference, key by key), is in
-        use by
-            another process, or holds something that is no run.
+            use by another process, or holds something that is no run.
         StorageError: it cannot be made.
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
+    try:
+        _claim(folder, identity)
+        with storage_errors(folder):
+            clean_up(folder)
+        run = Run(folder, lock)
+        if not (folder / "manifest.json").exists():
+            run.update_manifest(status="started", **environment())
+    except BaseException:
+        lock.close()
+        raise
+    return run
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write `config.json` into an empty folder, or compare with the one that is there."""
     file = folder / "config.json"
     known = _read_json(file)
     if known is None:
-        foreign = [f.name for f in folder.iterdir() if f.name != ".lock"]
+        torn = {*folder.glob(".config.json.*.tmp"), folder / ".lock"}
+        foreign = sorted(f.name for f in folder.iterdir() if f not in torn)
         if foreign:
-            lock.close()
             raise InputError(
-                f"out: {folder} is not empty and holds no run ({', '.join(sorted(foreign)[:3])}); "
+                f"out: {folder} is not empty and holds no run ({', '.join(foreign[:3])}); "
                 "name a new folder."
             )
         write_json(file, identity)
-    else:
-        difference = list(_differences(known, json.loads(json.dumps(jsonable(dict(identity))))))
-        if difference:
-            lock.close()
-            lines = "\n".join(f"  {line}" for line in difference)
-            raise InputError(
-                f"out: {folder} holds a run with other settings; name a new folder, or set them "
-                f"back:\n{lines}"
-            )
-    run = Run(folder, lock)
-    if not (folder / "manifest.json").exists():
-        run.update_manifest(status="started", **environment())
-    return run
+        return
+    difference = list(_differences(known, json.loads(json.dumps(jsonable(dict(identity))))))
+    if difference:
+        lines = "\n".join(f"  {line}" for line in difference)
+        raise InputError(
+            f"out: {folder} holds a run with other settings; name a new folder, or set them "
+            f"back:\n{lines}"
+        )
 
 
 def _lock(folder: Path) -> TextIOWrapper:
@@ -223,12 +240,27 @@ def _commit() -> str | None:
 def save_train_prompts(folder: Path, digests: Iterable[int]) -> None:
     """Remember which prompts a model was trained on, as 64-bit digests."""
     values = np.array(sorted(set(digests)), dtype=np.uint64)
-    save_file({"digests": values}, folder / TRAIN_PROMPTS)
+    with replace_file(folder / TRAIN_PROMPTS) as temporary:
+        save_file({"digests": values}, temporary)
 
 
 def load_train_prompts(folder: Path) -> set[int] | None:
-    """The digests of the prompts that a model was trained on, or None where it is not known."""
-    file = folder / TRAIN_PROMPTS
-    if not file.is_file():
+    """The digests of the prompts that a model was trained on, or None where it is not known.
+
+    Args:
+        folder: a run directory, or its `model` or `best`.
+
+    Raises:
+        InputError: the file that holds them is damaged.
+    """
+    file = next(
+        (f for f in (folder / TRAIN_PROMPTS, folder.parent / TRAIN_PROMPTS) if f.is_file()), None
+    )
+    if file is None:
         return None
-    return {int(value) for value in load_file(file)["digests"]}
+    try:
+        return {int(value) for value in load_file(file)["digests"]}
+    except (SafetensorError, KeyError) as error:
+        raise InputError(
+            f"{file}: expected the digests of training prompts; it is damaged."
+        ) from error

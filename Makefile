@@ -1,0 +1,40 @@
+# `make demo` and `make test` do everything, from an empty machine with Python, pip and make.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= runs/demo
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test lint types report bench clean help
+
+help:            ## This list
+	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[offline,report,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)   ## Base, SFT and DPO on the embedded data, evaluated: table and figures in runs/demo
+	$(BIN)/dpo demo --out $(OUT) $(DEMO)
+
+test: $(STAMP)   ## All tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(STAMP)   ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## Types, strictly
+	$(BIN)/mypy
+
+report: $(STAMP) ## Check every statement of the theory, then build report/report.pdf
+	$(BIN)/dpo theory --json report/results/theory.json
+	$(BIN)/python report/build.py
+
+bench: $(STAMP)  ## Time an SFT step, a DPO step and generation on fixed random weights
+	$(BIN)/python benchmarks/steps.py
+
+clean:           ## Remove the environment
+	rm -rf $(VENV)
