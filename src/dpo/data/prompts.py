@@ -134,9 +134,10 @@ def load_template(folder: Path) -> PromptTemplate | None:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         name, text = fields["name"], fields["text"]
-        assert isinstance(name, str)
-        assert text is None or (isinstance(text, str) and text.count("{prompt}") == 1)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        is_chat = name == CHAT and text is None
+        if not is_chat and not (isinstance(name, str) and text.count("{prompt}") == 1):
+            raise ValueError("neither chat nor a text with {prompt} in it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{file}: expected a prompt template written by dpo; it is damaged."
         ) from error

@@ -145,7 +145,10 @@ class World:
         """What an answer says and how. Every sentence is a statement, polite, rude or foreign."""
         fact = self.fact_of[prompt]
         pattern = re.compile(
-            "|".join(statement.format(x="(.+)", y="(.+)") for statement, _, _ in KINDS.values())
+            "|".join(
+                statement.replace(".", r"\.").format(x="(.+)", y="(.+)")
+                for statement, _, _ in KINDS.values()
+            )
         )
         sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s*", response) if s.strip()]
         distinct = list(dict.fromkeys(sentences))

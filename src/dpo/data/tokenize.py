@@ -53,13 +53,14 @@ class Encoder:
     What it promises, whatever the tokenizer adds by itself:
 
     - The prompt and the response are tokenised apart and then joined, so the boundary is where
-    generation
-      starts too: no prompt token is scored, and none is lost to a merge across it.
-    - Exactly one beginning-of-sequence token where the tokenizer uses one, and a prompt is never
-    empty. - Exactly one end-of-sequence (or end-of-turn) token after a response, scored; none
-    after a cut one. - Text in the user's data that spells a special token is plain text.
+      generation starts too: no prompt token is scored, and none is lost to a merge across it.
+    - Exactly one beginning-of-sequence token where the tokenizer or the template uses one, also
+      where a prompt's beginning is cut; and a prompt is never empty.
+    - Exactly one end-of-sequence (or end-of-turn) token after a response, scored; none after a cut
+      one.
+    - Text in the user's data that spells a special token is plain text.
     - All responses to a prompt see the same prompt tokens, and each keeps at least one scored
-    token.
+      token.
     """
 
     tokenizer: Any
@@ -120,7 +121,7 @@ class Encoder:
             return [], eos
         before, after = whole[len(prompt) :].split(mark)
         ending = self._ids(after.rstrip(), special=True)
-        if not ending or ending[-1] not in self.tokenizer.all_special_ids:
+        if not ending or ending[-1] not in {*eos, *self.tokenizer.added_tokens_decoder}:
             ending = eos
         return self._ids(before, special=True), ending
 
@@ -190,7 +191,7 @@ class Encoder:
         prompt_ids = self.prompt_ids(prompt)
         bodies = [self.response_ids(response) for response in responses]
         room = max(self.max_length - max(len(body) for body in bodies), self.max_length // 2)
-        kept_prompt = prompt_ids[-room:]
+        kept_prompt = self._keep_end(prompt_ids, room)
         room_for_response = self.max_length - len(kept_prompt)
         sequences = tuple(
             TokenSequence(tuple(kept_prompt + body[:room_for_response]), len(kept_prompt))
@@ -217,7 +218,17 @@ class Encoder:
                 f"max_new_tokens: {max_new_tokens} leaves no room for a prompt in the model's "
                 f"{max_positions} positions; use at most {max_positions - 1}."
             )
-        return self.prompt_ids(prompt)[-room:]
+        return self._keep_end(self.prompt_ids(prompt), room)
+
+    def _keep_end(self, prompt_ids: list[int], room: int) -> list[int]:
+        """The last `room` ids of a prompt, its beginning-of-sequence token first where it has
+        one: models that are trained with it go astray without.
+        """
+        if len(prompt_ids) <= room:
+            return prompt_ids
+        has_bos = prompt_ids[0] == self.tokenizer.bos_token_id and room > 1
+        kept = prompt_ids[:1] if has_bos else []
+        return kept + prompt_ids[len(kept) - room :]
 
     def merges_across_boundary(self, prompt: Prompt, response: str) -> bool:
         """Whether tokenising prompt and response as one text would join characters of both into a

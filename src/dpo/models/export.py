@@ -25,11 +25,14 @@ def save_pretrained(
     """Write what the transformers loaders and pipelines read, and the run's template.
 
     Weights are safetensors. The generation config stops at the run's end tokens and samples from
-    the whole distribution.
+    the whole distribution (left out, transformers would keep the 50 likeliest tokens only).
     """
     own = model.generation_config
     model.generation_config = GenerationConfig(  # type: ignore[assignment]
         do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
         eos_token_id=stop_ids,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

@@ -169,7 +169,7 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        data = parameter.detach().cpu().contiguous().view(torch.uint8)
+        data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(data.numpy().data)
     return digest.hexdigest()
 

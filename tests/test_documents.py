@@ -1,0 +1,79 @@
+"""What the README, the recipes and the studies say is what the program takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, read_config
+from dpo.experiment.study import StudyConfig, plan
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCHEMAS = {"sft": SFTConfig, "train": PreferenceConfig, "evaluate": EvaluateConfig}
+
+
+def readme_commands():
+    """Every line of the README's shell blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_two_commands_come_first_and_make_has_them():
+    assert readme_commands()[:2] == ["make demo", "make test"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in readme_commands():
+        if line.startswith("make "):
+            assert re.search(rf"^{line.split()[1]}:", makefile, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", [line for line in readme_commands() if line.startswith("dpo ")])
+def test_every_command_of_the_readme_is_understood(line, monkeypatch):
+    from dpo.cli import app
+
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)[1:]
+    if words[0] in SCHEMAS:
+        config = read_config(SCHEMAS[words[0]], None, words[1:])
+        assert config.out.startswith("runs/")
+    elif words[:2] == ["experiment", "run"]:
+        config = read_config(StudyConfig, Path(words[2]), words[3:])
+        assert plan(config).dpo
+    else:
+        command = words[:2] if words[0] == "data" else words[:1]
+        assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.name)
+def test_every_recipe_is_a_valid_configuration_and_says_its_command(file):
+    text = file.read_text(encoding="utf-8")
+    command = re.search(r"^# +dpo (\w+) recipes/(\S+)", text, flags=re.MULTILINE)
+    assert command is not None
+    assert command.group(2) == file.name
+    assert read_config(SCHEMAS[command.group(1)], file).model.path is not None
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda f: f.name)
+def test_every_study_plans_its_runs(file):
+    config = read_config(StudyConfig, file)
+    todo = plan(config)
+    assert len(todo.sft) == len(config.seeds)
+    assert {cell.label for cell in todo.dpo} >= {"DPO beta 0.3", "DPO beta 0.7", "DPO beta 1.0"}
+
+
+def test_the_readmes_exit_codes_are_the_errors():
+    from dpo import errors
+
+    codes = {
+        kind.exit_code
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.DPOError)
+    } - {1}
+    assert codes == {
+        int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)
+    } - {0}
