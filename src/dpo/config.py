@@ -22,6 +22,23 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
+def _every(value: Any) -> Any:
+    """One sentence instead of one for each member of the union."""
+    if value == "epoch" or (type(value) is int and value >= 1):  # True is an int too
+        return value
+    raise ValueError(f"expected 'epoch' or a number of steps, at least 1 (got {value!r:.60})")
+
+
+def _sources(value: Any) -> Any:
+    several = isinstance(value, list) and value and all(isinstance(v, str) for v in value)
+    if isinstance(value, str) or several:
+        return value
+    raise ValueError(f"expected a text or a list of texts (got {value!r:.60})")
+
+
+Every = Annotated[Literal["epoch"] | int, BeforeValidator(_every)]
+Sources = Annotated[str | list[str], BeforeValidator(_sources)]
+
 PLAIN_NAME = re.compile(r"[\w+-][\w.+ -]*")
 """Names that become parts of file names; none can leave its folder."""
 
@@ -75,7 +92,7 @@ class SyntheticConfig(Section):
 class DataConfig(Section):
     """Which rows, and how they become text and tokens."""
 
-    path: str | list[str] = Field(
+    path: Sources = Field(
         "synthetic",
         description="File, folder, list of them, hub id, or 'synthetic' (the embedded data).",
     )
@@ -133,7 +150,7 @@ class BatchConfig(Section):
 class EvaluationDuringTraining(Section):
     """What is measured on held-out rows while training."""
 
-    every: Literal["epoch"] | Count = Field("epoch", description="'epoch', or a number of steps.")
+    every: Every = Field("epoch", description="'epoch', or a number of steps.")
     max_rows: Count = Field(1000, description="Held-out rows used, at most (seeded choice).")
     num_samples: int = Field(8, ge=0, description="Generations shown at the end of the run.")
     sample_temperature: NonNegative = Field(0.7, description="Of those generations.")
@@ -163,7 +180,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: matrix products only.")
     dropout: bool = Field(False, description="Use the model's own dropout while training.")
     evaluation: EvaluationDuringTraining = EvaluationDuringTraining()
-    save_every: Literal["epoch"] | Count = Field("epoch", description="'epoch', or steps.")
+    save_every: Every = Field("epoch", description="'epoch', or steps.")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:

@@ -35,7 +35,9 @@ def counting(what: str, total: int, *, done: int = 0, detail: str = "") -> Itera
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal  # a log file is no place for a bar
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(what, total=total, completed=done, detail="")
 
         def advance(pieces: int, **numbers: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(
     for batch in batches:
         assert batch
         assert sum(costs[i] for i in batch) <= max_tokens or len(batch) == 1
-    for before, after in zip(batches, batches[1:], strict=False):
+    for before, after in pairwise(batches):
         joined = sum(costs[i] for i in [*before, after[0]])
         assert joined > max_tokens, "a batch is closed only when the next row does not fit"
 

@@ -72,7 +72,9 @@ def test_a_prompt_that_spells_the_placeholder_is_left_alone() -> None:
     assert render_text(resolve_template("hh"), "{prompt}") == "\n\nHuman: {prompt}\n\nAssistant:"
 
 
-@pytest.mark.parametrize("asked", ["", "alpacca", "no placeholder", "{prompt} {prompt}", "{Prompt}"])
+@pytest.mark.parametrize(
+    "asked", ["", "alpacca", "no placeholder", "{prompt} {prompt}", "{Prompt}"]
+)
 def test_anything_else_is_refused_with_what_there_is(asked: str) -> None:
     with pytest.raises(InputError) as error:
         resolve_template(asked)
@@ -120,7 +122,7 @@ def test_a_refusing_chat_template_is_quoted() -> None:
     )
 
 
-@pytest.mark.parametrize("asked", [*TEMPLATES, "chat", "Süß: {prompt}\r\n{\"a\": 1} \\ "])
+@pytest.mark.parametrize("asked", [*TEMPLATES, "chat", 'Süß: {prompt}\r\n{"a": 1} \\ '])
 def test_the_template_comes_back_as_it_was_saved(asked: str, tmp_path: Path) -> None:
     template = resolve_template(asked)
     save_template(template, tmp_path)

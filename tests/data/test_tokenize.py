@@ -65,9 +65,7 @@ def build(*, adds: str = "", chat: str | None = None, **special: Any) -> Any:
     return tokenizer
 
 
-def encoder_of(
-    tokenizer: Any, template: str = "plain", *, max_length: int = 200
-) -> Encoder:
+def encoder_of(tokenizer: Any, template: str = "plain", *, max_length: int = 200) -> Encoder:
     return Encoder(tokenizer, resolve_template(template), max_length=max_length)
 
 
@@ -82,6 +80,7 @@ def scored(sequence: TokenSequence) -> tuple[int, ...]:
 PLAIN = build()
 ADDS_BOS = build(adds="bos")
 ADDS_BOTH = build(adds="bos eos")
+CHATTY = build(adds="bos", chat=CHATML)
 PAD_IS_EOS = build(adds="bos", pad_token="</s>")
 
 # -- beginning and end ----------------------------------------------------------------------------
@@ -167,7 +166,7 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
 
 
 def test_a_length_without_room_for_prompt_and_response_is_refused() -> None:
-    with pytest.raises(InputError, match="data.max_length: expected at least 2 tokens, got 1"):
+    with pytest.raises(InputError, match=r"data.max_length: expected at least 2 tokens, got 1"):
         encoder_of(PLAIN, max_length=1)
 
 
@@ -175,7 +174,7 @@ def test_a_length_without_room_for_prompt_and_response_is_refused() -> None:
 
 
 def test_prompt_and_response_are_tokenised_apart() -> None:
-    """" capital" is one token here; written across the boundary it is two, the first in the
+    """ " capital" is one token here; written across the boundary it is two, the first in the
     prompt, where generation starts too."""
     prompt, response = "the cap", "ital is"
     assert len(plain_ids(PLAIN, " capital")) == 1
@@ -222,9 +221,9 @@ def test_every_length_leaves_one_prompt_prefix_and_something_scored(
     cut = 0
     for sequence, response in zip(encoded.sequences, responses, strict=True):
         assert 1 <= sequence.prompt_length < len(sequence) <= max_length
-        assert (
-            sequence.ids[: sequence.prompt_length] == first.ids[: first.prompt_length]
-        ), "all responses see the same prompt"
+        assert sequence.ids[: sequence.prompt_length] == first.ids[: first.prompt_length], (
+            "all responses see the same prompt"
+        )
         whole = encoder.response_ids(response)
         assert list(scored(sequence)) == whole[: sequence.num_scored]
         cut += len(whole) > sequence.num_scored
@@ -316,11 +315,49 @@ def test_special_token_text_in_data_is_plain_text_under_a_chat_template(chat: st
     assert text.count(HOSTILE) == 3
 
 
+PIECES = st.sampled_from([*SPECIAL, "a", " ", "\n", "<", "|>", "<|im_", "end|>", "/s>", "{prompt}"])
+
+
+@given(st.lists(PIECES, max_size=8).map("".join), st.lists(PIECES, max_size=8).map("".join))
+@pytest.mark.parametrize("template", ["plain", "alpaca", "chat"])
+def test_no_text_in_data_ever_makes_a_special_token(
+    template: str, prompt: str, response: str
+) -> None:
+    encoder = encoder_of(CHATTY, template, max_length=10_000)
+    (sequence,) = encoder.encode(prompt, [response]).sequences
+    (expected,) = encoder.encode("k", ["k"]).sequences
+    special = [i for i in sequence.ids if i < len(SPECIAL)]
+    assert special == [i for i in expected.ids if i < len(SPECIAL)]
+    assert encoder.decode(sequence.ids[sequence.prompt_length :]) == response
+
+
+def test_a_tokenizer_that_marks_words_by_their_leading_space_keeps_every_promise() -> None:
+    """As Llama 2's: each text tokenised alone starts with the mark, which decoding takes away."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=SPECIAL, show_progress=False)
+    inner.train_from_iterator(TEXTS, trainer)
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    encoder = encoder_of(tokenizer)
+    (sequence,) = encoder.encode("What is the capital?", ["The capital is Lima."]).sequences
+    assert sequence.ids[0] == BOS
+    assert sequence.ids[-1] == EOS
+    assert (sequence.ids.count(BOS), sequence.ids.count(EOS)) == (1, 1)
+    assert encoder.decode(sequence.ids[: sequence.prompt_length]) == "What is the capital?"
+    assert encoder.decode(scored(sequence)) == "The capital is Lima."
+
+
 def test_numbers_between_nul_characters_in_data_are_left_alone() -> None:
     """They look like what stands for a message while special text is kept apart."""
     odd = "\x000\x00 \x001\x00 </s>"
     encoder = encoder_of(build(chat=CHATML), "chat")
-    ids = encoder.prompt_ids((Message("user", odd), Message("assistant", odd), Message("user", "q")))
+    ids = encoder.prompt_ids(
+        (Message("user", odd), Message("assistant", odd), Message("user", "q"))
+    )
     assert encoder.tokenizer.decode(ids).count(odd) == 2
     (sequence,) = encoder.encode("q", [odd]).sequences
     assert encoder.decode(scored(sequence)) == odd

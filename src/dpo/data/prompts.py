@@ -134,8 +134,8 @@ def load_template(folder: Path) -> PromptTemplate | None:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         name, text = fields["name"], fields["text"]
-        is_chat = name == CHAT and text is None
-        if not is_chat and not (isinstance(name, str) and text.count("{prompt}") == 1):
+        sound = text is None if name == CHAT else text.count("{prompt}") == 1
+        if not sound or not isinstance(name, str):
             raise ValueError("neither chat nor a text with {prompt} in it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(

@@ -1,0 +1,149 @@
+"""What a run and an evaluation leave for the eye."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dpo.evaluate.true_reward import RewardRow
+from dpo.evaluate.winrate import PairedTest
+from dpo.report import runs
+from dpo.report.data_check import check_data
+from dpo.report.runs import finish_run, reward_table, run_table
+from dpo.report.settings import settings_of
+from dpo.train.run import read_metrics
+from train.small_runs import dpo_run, sft_run
+
+
+def shown(renderable):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def held_out(step, loss, **more):
+    return {"step": step, "eval/loss": loss, **more}
+
+
+def test_the_table_shows_start_best_and_end(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"best_step": 4}')
+    metrics = [held_out(0, 0.6931), {"step": 1, "loss": 9}, held_out(4, 0.5), held_out(8, 0.7)]
+    text = shown(run_table(tmp_path, metrics))
+    header = next(line for line in text.splitlines() if "step" in line)
+    row = next(line for line in text.splitlines() if "held-out loss" in line)
+    assert [c in header for c in ("start (step 0)", "best (step 4)", "end (step 8)")] == [True] * 3
+    assert row.replace("│", " ").split()[-3:] == ["0.6931", "0.5", "0.7"]
+
+
+def test_numbers_that_are_not_finite_are_shown_as_they_are(tmp_path):
+    text = shown(run_table(tmp_path, [held_out(0, 5.0, **{"eval/perplexity": "inf"})]))
+    assert "inf" in text
+
+
+@pytest.mark.parametrize("name", ["[red]x", "runs[/b]", "[link=file:x]y[/link]", "a[b]c"])
+def test_a_folder_is_a_name_and_never_markup(tmp_path, name):
+    assert name in shown(run_table(Path(name), [held_out(0, 1.0)]))
+
+
+def test_a_finished_dpo_run_is_drawn_and_summarised(capsys):
+    finish_run(dpo_run())
+    out = " ".join(capsys.readouterr().out.split())
+    for name in ("reward accuracy", "ties", "reward margin", "KL(policy || reference)"):
+        assert name in out
+    assert (dpo_run() / "figures" / "training.svg").stat().st_size > 1000
+
+
+def test_sft_shows_perplexity_and_nothing_of_preferences():
+    text = shown(run_table(sft_run(), read_metrics(sft_run())))
+    assert "perplexity" in text
+    assert "margin" not in text
+
+
+def finished(tmp_path, change, margin):
+    row = {"step": 0, "eval/loss": 0.6, "eval/rewards/margin": 0.0, "eval/logps/chosen_change": 0.0}
+    last = row | {"step": 2, "eval/rewards/margin": margin, "eval/logps/chosen_change": change}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(last) + "\n")
+    finish_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "margin", "explained"), [(-5.0, 1.0, True), (5.0, 1.0, False), (-5.0, -1.0, False)]
+)
+def test_a_falling_likelihood_of_chosen_responses_is_explained_where_it_happened(
+    tmp_path, capsys, change, margin, explained
+):
+    finished(tmp_path, change, margin)
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("The chosen responses became less likely while the margin grew" in out) is explained
+
+
+def test_true_rewards_are_shown_with_their_interval():
+    row = RewardRow("a[b]", 0.5, 10, 20, 1.25, 1.0, 1.5, 0.5, 0.1, 0.3, 0.2, 0.0)
+    text = shown(reward_table([row]))
+    for part in ("a[b]", "0.5", "20", "1.25", "[1.00, 1.50]", "50%", "30%", "20%"):
+        assert part in text
+
+
+def test_paired_tests_are_shown_with_their_interval_and_unknown_differences_are_blank():
+    values = {
+        "family": "models",
+        "model_a": "a[b]",
+        "model_b": "c",
+        "temperature": 1.0,
+        "num_prompts": 7,
+        "num_unshared": 0,
+        "wins_only_a": 1,
+        "wins_only_b": 2,
+        "difference": -0.125,
+        "low": -0.5,
+        "high": 0.25,
+        "confidence": 0.95,
+        "mcnemar_p": 0.5,
+        "mcnemar_p_holm": 0.75,
+        "margin_difference": 0.0,
+        "permutation_p": 0.1,
+        "permutation_p_holm": 0.123,
+    }
+    text = shown(runs.tests_table([PairedTest(**values)]))
+    for part in ("a[b]", "-12.5%", "[-50.0%, +25.0%]", "0.750", "0.123", "7"):
+        assert part in text
+    unknown = shown(
+        runs.tests_table([PairedTest(**values | {"difference": None, "temperature": None})])
+    )
+    assert "-12.5%" not in unknown
+
+
+def test_every_setting_has_a_meaning_or_is_plain_from_its_name():
+    from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, known_keys
+
+    for schema in (SFTConfig, PreferenceConfig, EvaluateConfig):
+        rows = settings_of(schema)
+        assert [key for key, _, _ in rows] == known_keys(schema)
+        assert all(default != "PydanticUndefined" for _, default, _ in rows)
+        assert ("out", "required") in [(key, default) for key, default, _ in rows]
+
+
+EVIL = "\x1b[31mred\x1b[0m \x1b]0;title\x07 [bold]markup[/bold] [/] \x9b2J \r over"
+
+
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_control_sequences_and_markup_in_data_are_printed_harmlessly(tmp_path, capsys, tokenizer):
+    data = tmp_path / "evil.jsonl"
+    row = {"prompt": EVIL, "chosen": f"{EVIL} a", "rejected": f"{EVIL} b"}
+    data.write_text(json.dumps(row) + "\n")
+    check_data(
+        [str(data)],
+        tokenizer=str(sft_run()) if tokenizer else None,
+        template=None,
+        max_length=512,
+        test=None,
+        split=None,
+        num_shown=3,
+        columns={},
+    )
+    out = capsys.readouterr().out
+    assert not set(out) & {"\x1b", "\x07", "\x9b", "\r"}
+    if tokenizer:
+        assert "[bold]markup[/bold] [/]" in out.replace("|", "").replace("\n", "")
