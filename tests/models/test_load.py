@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Tokenizer
 
@@ -22,7 +23,6 @@ from dpo.models.load import (
     max_positions,
     weights_digest,
 )
-from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, make
 
 
