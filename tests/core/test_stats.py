@@ -234,3 +234,10 @@ def test_required_pairs_reach_the_power_asked_for():
 def test_impossible_input_is_refused(call):
     with pytest.raises(InputError):
         call()
+
+
+def test_the_wilson_interval_holds_the_observed_share_whatever_the_rounding():
+    for n in range(1, 200):
+        for wins in range(n + 1):
+            low, high = wilson_interval(wins, n)
+            assert 0 <= low <= wins / n <= high <= 1

@@ -262,3 +262,10 @@ def test_the_digest_takes_scalars_views_and_half_precision() -> None:
 
     assert weights_digest(Odd(1.0)) == weights_digest(Odd(1.0))
     assert weights_digest(Odd(1.0)) != weights_digest(Odd(1.0000001))
+
+
+def test_a_run_that_has_not_finished_is_no_model(tmp_path: Path) -> None:
+    for name in ("config.json", "manifest.json"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match=r"holds no model \(expected config\.json, or model/"):
+        find_model(str(tmp_path))

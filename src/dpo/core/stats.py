@@ -284,8 +284,9 @@ def _wilson(p: float, n: float, z: float) -> Interval:
     centre = p + z**2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
-    # Exactly 0 and 1 at p = 0 and p = 1; the clamp removes the last rounding error.
-    return Interval(max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
+    # It holds p, and is within 0 and 1; the clamps remove the last rounding error.
+    low, high = (centre - half) / scale, (centre + half) / scale
+    return Interval(min(p, max(0.0, low)), max(p, min(1.0, high)))
 
 
 def _clustered_variance(values: Floats, groups: NDArray[np.intp]) -> float:

@@ -50,7 +50,8 @@ def find_model(
     folder = Path(name).expanduser()
     if folder.is_dir():
         inner = folder / "model"
-        if not (folder / "config.json").is_file() or (inner / "config.json").is_file():
+        is_run = (folder / "manifest.json").is_file() or (inner / "config.json").is_file()
+        if is_run or not (folder / "config.json").is_file():  # a run has a config.json of its own
             folder = inner
         if not (folder / "config.json").is_file():
             raise InputError(
