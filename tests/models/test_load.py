@@ -126,12 +126,13 @@ def test_a_run_directory_stands_for_its_model_and_an_unfinished_one_holds_none(
 ) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
+    for file in ("manifest.json", "config.json"):  # the run's own, not a model's
+        (run / file).write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match="holds no model"):
         find_model(str(run))
     shutil.copytree(model_folder, run / "model")
     assert find_model(str(run)) == find_model(str(run / "model"))
     assert find_tokenizer(str(run)) == find_tokenizer(str(run / "model"))
-    (run / "config.json").write_text("{}")  # the run's own, not the model's
     assert find_model(str(run)).path == str(run / "model")
 
 
