@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# One thread: some tests fork, and a child must not wait for the threads of a pool it does not have.
+# Tiny models are no slower for it.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

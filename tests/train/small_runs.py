@@ -187,6 +187,7 @@ def forked(work: Callable[[], object]) -> int:
         child = os.fork()
     if child == 0:
         code = 0
+        signal.alarm(120)  # a child that hangs fails its test, not the suite
         try:
             work()
         except BaseException as error:
