@@ -304,7 +304,8 @@ def main() -> None:
     """Run the command; a user's mistake is one sentence on standard error, with its exit code."""
     debug = "--debug" in sys.argv
     try:
-        app(args=[word for word in sys.argv[1:] if word != "--debug"])
+        words = [word for word in sys.argv[1:] if word != "--debug"]
+        app(args=words, prog_name="dpo")
     except DPOError as error:
         if debug:
             traceback.print_exception(error)
