@@ -145,6 +145,9 @@ class BatchConfig(Section):
     max_tokens: Count = Field(
         4096, description="Tokens per forward and backward pass; gradients accumulate over them."
     )
+    max_logit_mib: Count = Field(
+        512, description="Memory for logits, in MiB; above it they are computed twice, in parts."
+    )
 
 
 class EvaluationDuringTraining(Section):
@@ -179,6 +182,9 @@ class TrainingConfig(Section):
     batch: BatchConfig = BatchConfig()
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: matrix products only.")
     dropout: bool = Field(False, description="Use the model's own dropout while training.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, slower."
+    )
     evaluation: EvaluationDuringTraining = EvaluationDuringTraining()
     save_every: Every = Field("epoch", description="'epoch', or steps.")
 

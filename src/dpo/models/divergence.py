@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from dpo.core.logps import sum_per_sequence, token_kl
-from dpo.data.order import group_by_length
 from dpo.data.tokenize import TokenSequence
 from dpo.models.generate import generate
-from dpo.models.scoring import scored_logits
+from dpo.models.scoring import MAX_LOGIT_BYTES, score_groups, scored_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,9 @@ def sequence_kl(
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """`sum_t KL(policy(. | y_<t) || reference(. | y_<t))` along each response, (S,), in nats."""
     sums = np.zeros(len(sequences))
-    for group in group_by_length([len(s) for s in sequences], max_tokens=max_tokens):
+    vocabulary = policy.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    max_tokens = max(1, min(max_tokens, MAX_LOGIT_BYTES // (4 * vocabulary)))  # all logits exist
+    for group in score_groups(policy, sequences, max_tokens=max_tokens):
         members = [sequences[i] for i in group]
         with torch.no_grad():
             logits, _, row = scored_logits(policy, members, precision=precision)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dpo.errors import InputError
+from dpo.models.load import fuse_activations
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -65,4 +66,4 @@ def fresh_gpt2(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = GPT2LMHeadModel(config).eval()
-    return model
+    return fuse_activations(model)

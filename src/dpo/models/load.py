@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
+from transformers.activations import NewGELUActivation
 
 from dpo.errors import InputError
 
@@ -137,7 +138,19 @@ def load_model(source: ModelSource) -> nn.Module:
     except Exception as error:
         raise _explain(error, "model", source) from error
     loaded: nn.Module = model.eval()
-    return loaded
+    return fuse_activations(loaded)
+
+
+def fuse_activations(model: nn.Module) -> nn.Module:
+    """GPT-2's GELU, written in transformers as eight operations, as the one that torch has.
+
+    The same function up to rounding; a fifth of the forward pass of a small GPT-2 on a CPU.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
 
 
 def check_fit(model: nn.Module, tokenizer: Any, *, name: str) -> None:

@@ -1,109 +1,104 @@
 """Log-probabilities of responses under any causal language model.
 
-Everything that scores text goes through `response_logps`: training, reference scoring and
-evaluation.
+Everything that scores text goes through here: training, reference scoring and evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from dpo.core.logps import at_least_float32, sum_per_sequence, token_logps
-from dpo.data.order import group_by_length
+from dpo.core.head import head_token_logps
+from dpo.core.logps import sum_per_sequence, token_logps
+from dpo.data.pack import packed_groups, padded_groups
 from dpo.data.tokenize import TokenSequence
+from dpo.models.forward import head_inputs, selected_logits
+from dpo.models.plan import scoring_plan
 
-
-def precision_context(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The forward pass in float32, or with its matrix products in bfloat16 (weights stay
-    float32).
-    """
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
-@contextmanager
-def _scored_positions_only(model: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
-    """Inside, the model's output head sees only the hidden states at (row, column).
-
-    The head is by far the largest matrix, and prompt positions predict nothing that is scored.
-    Taking the rows just before the head leaves whatever the model does after it (scaling, soft
-    cap) in place, so it is exact for every architecture. The head works in float32 whatever the
-    precision of the trunk.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    forward, replaced = head.forward, vars(head).get("forward")  # accelerate replaces it, say
-
-    def selected(hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits: Tensor = forward(at_least_float32(hidden[row, column])).unsqueeze(0)
-            return logits
-
-    head.forward = selected
-    try:
-        yield
-    finally:
-        del head.forward
-        if replaced is not None:
-            head.forward = replaced
-
-
-def scored_logits(
-    model: nn.Module, sequences: Sequence[TokenSequence], *, precision: str = "fp32"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits that predict each scored token of the sequences, run as one padded batch.
-
-    Padding is on the right: a causal model never looks at it, so no mask is needed and no id is
-    special.
-
-    Returns:
-        logits (N, V) in at least float32; targets (N,); the sequence of each token (N,).
-    """
-    device = next(model.parameters()).device
-    width = max(len(sequence) for sequence in sequences)
-    ids = torch.tensor([[*s.ids, *[0] * (width - len(s))] for s in sequences], device=device)
-    row, column = _scored_index(sequences, device)
-    with precision_context(precision, device), _scored_positions_only(model, row, column - 1):
-        logits = model(input_ids=ids, use_cache=False).logits.squeeze(0)
-    return at_least_float32(logits), ids[row, column], row
-
-
-def _scored_index(
-    sequences: Sequence[TokenSequence], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Row and column of every scored token in the padded batch, (N,) each."""
-    counts = torch.tensor([s.num_scored for s in sequences])
-    row = torch.repeat_interleave(torch.arange(len(sequences)), counts)
-    column = torch.cat([torch.arange(s.prompt_length, len(s)) for s in sequences])
-    return row.to(device), column.to(device)
+MAX_TOKENS = 16_384
+MAX_LOGIT_BYTES = 1 << 29
 
 
 def response_logps(
     model: nn.Module,
     sequences: Sequence[TokenSequence],
     *,
-    max_tokens: int = 16_384,
+    max_tokens: int = MAX_TOKENS,
+    max_logit_bytes: int = MAX_LOGIT_BYTES,
     precision: str = "fp32",
 ) -> Tensor:
     """`log pi(response | prompt)` of each sequence, (S,), summed over scored tokens, float64, in
     nats.
 
-    A sequence's value does not depend on what else is in the list. Gradients flow to the model.
+    A sequence's value does not depend on what else is in the list. Sequences with the same prompt
+    share its computation. Gradients flow to the model.
 
     Args:
         model: a causal language model of transformers, in evaluation mode unless dropout is wanted.
         sequences: each with at least one prompt token and one scored token.
-        max_tokens: positions, padding included, that go through the model at once.
+        max_tokens: tokens that go through the model at once.
+        max_logit_bytes: most memory for logits; above it they are computed in parts, twice.
         precision: "fp32" or "bf16" for the trunk; logits are float32 and sums float64 either way.
     """
-    groups = group_by_length([len(s) for s in sequences], max_tokens=max_tokens)
-    sums: list[Tensor] = []
+    groups = score_groups(model, sequences, max_tokens=max_tokens)
+    sums = []
     for group in groups:
         members = [sequences[i] for i in group]
-        logits, targets, row = scored_logits(model, members, precision=precision)
-        sums.append(sum_per_sequence(token_logps(logits, targets), row, len(members)))
+        logps, sequence = _token_logps(model, members, precision, max_logit_bytes)
+        sums.append(sum_per_sequence(logps, sequence, len(members)))
     order = torch.tensor([i for group in groups for i in group], device=sums[0].device)
     return torch.cat(sums)[order.argsort()]
+
+
+def score_groups(
+    model: nn.Module, sequences: Sequence[TokenSequence], *, max_tokens: int
+) -> list[list[int]]:
+    """The sequences that go through the model together."""
+    split = packed_groups if scoring_plan(model).packed else padded_groups
+    return split(sequences, max_tokens=max_tokens)
+
+
+def _token_logps(
+    model: nn.Module, sequences: list[TokenSequence], precision: str, max_logit_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each scored token, (M,), and the sequence it belongs to, (M,)."""
+    plan = scoring_plan(model)
+    batch = plan.layout(sequences)
+    device = next(model.parameters()).device
+    source, targets, sequence = (
+        torch.from_numpy(x).to(device) for x in (batch.source, batch.targets, batch.sequence)
+    )
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if plan.form is None or "forward" in vars(head):  # others replaced it: accelerate, say
+        logits = selected_logits(model, batch, precision=precision)
+        return token_logps(logits[source], targets), sequence
+    hidden = head_inputs(model, batch, precision=precision)
+    logps = head_token_logps(
+        hidden,
+        head.weight,
+        head.bias,
+        source,
+        targets,
+        form=plan.form,
+        max_bytes=max_logit_bytes,
+    )
+    return logps, sequence
+
+
+def scored_logits(
+    model: nn.Module, sequences: Sequence[TokenSequence], *, precision: str = "fp32"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits that predict each scored token of the sequences, run as one batch.
+
+    Returns:
+        logits (M, V) in at least float32; targets (M,); the sequence of each token (M,). Tokens
+        stand sequence after sequence, whatever the layout.
+    """
+    batch = scoring_plan(model).layout(list(sequences))
+    logits = selected_logits(model, batch, precision=precision)
+    source, targets, sequence = (
+        torch.from_numpy(x).to(logits.device) for x in (batch.source, batch.targets, batch.sequence)
+    )
+    return logits[source], targets, sequence

@@ -33,6 +33,7 @@ from dpo.models.load import (
     pick_device,
     weights_digest,
 )
+from dpo.models.recompute import enable_recomputation
 from dpo.progress import counting
 from dpo.train.loop import fit
 from dpo.train.preference import PreferenceMethod, encode_pairs, sequences_of
@@ -73,6 +74,8 @@ def train_sft(config: SFTConfig, *, trust_remote_code: bool = False) -> Path:
     data = load_demonstrations(config.data, response=config.response)
     texts = [f"{as_text(row.prompt)}\n{row.response}" for row in data.train]
     policy = open_policy(config.model, texts, config.seed, trust_remote_code)
+    if config.gradient_checkpointing:
+        enable_recomputation(policy.model)
     encoder = make_run_encoder(config, policy, data)
     with _opened(config, data, policy, encoder) as run:
         if run.finished:
@@ -88,6 +91,7 @@ def train_sft(config: SFTConfig, *, trust_remote_code: bool = False) -> Path:
             sources=[row.source for row in data.train],
             precision=config.precision,
             max_tokens=config.batch.max_tokens,
+            max_logit_bytes=config.batch.max_logit_mib << 20,
             save=_saver(config, policy, encoder, "Supervised fine-tuning on response tokens."),
         )
         save_train_prompts(run.folder, _prompts_seen(config, data))
@@ -105,6 +109,8 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
     """
     data = load_preferences(config.data)
     policy = open_policy(config.model, [], config.seed, trust_remote_code)
+    if config.gradient_checkpointing:
+        enable_recomputation(policy.model)
     encoder = make_run_encoder(config, policy, data)
     # The reference is read apart from the policy: training cannot touch it.
     reference = open_policy(config.reference or config.model, [], config.seed, trust_remote_code)
@@ -153,6 +159,7 @@ def _preference_method(
         loss_config=config.loss,
         precision=config.precision,
         max_tokens=config.batch.max_tokens,
+        max_logit_bytes=config.batch.max_logit_mib << 20,
         kl=_kl(config, reference, encoder, held_out, policy),
         save=_saver(config, policy, encoder, "Direct Preference Optimization."),
     )

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dpo.config import DPOLossConfig
 from dpo.core import losses
+from dpo.data.pack import packed_tokens
 from dpo.data.rows import PreferenceRow
 from dpo.data.tokenize import Encoder, TokenSequence
 from dpo.models.divergence import KLEstimate
-from dpo.models.scoring import response_logps
+from dpo.models.scoring import MAX_LOGIT_BYTES, response_logps
 from dpo.train.loop import BatchResult
 from dpo.train.prepare import check_dropped, report_cuts
 from dpo.train.reference import score_all
@@ -118,13 +119,14 @@ class PreferenceMethod:
     max_tokens: int
     kl: Callable[[nn.Module], KLEstimate] | None
     save: Callable[[nn.Module, Path], None]
+    max_logit_bytes: int = MAX_LOGIT_BYTES
 
     @property
     def num_rows(self) -> int:
         return len(self.train)
 
     def num_tokens(self, row: int) -> int:
-        return len(self.train[row].chosen) + len(self.train[row].rejected)
+        return packed_tokens([self.train[row].chosen, self.train[row].rejected])
 
     def weight(self, rows: Sequence[int]) -> int:
         """Pairs: every pair counts the same, whatever its lengths."""
@@ -133,7 +135,11 @@ class PreferenceMethod:
     def loss(self, policy: nn.Module, rows: Sequence[int]) -> BatchResult:
         sequences = sequences_of([self.train[row] for row in rows])
         logps = response_logps(
-            policy, sequences, precision=self.precision, max_tokens=self.max_tokens
+            policy,
+            sequences,
+            precision=self.precision,
+            max_tokens=self.max_tokens,
+            max_logit_bytes=self.max_logit_bytes,
         )
         index = torch.tensor([*rows, *[len(self.train) + row for row in rows]])
         pair = _pair_logps(logps, self.train_reference[index].to(logps.device))

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpo.atomic import replace_file, storage_errors
+from dpo.data.pack import group_by_prompt
 from dpo.data.tokenize import TokenSequence
 from dpo.models.load import weights_digest
 from dpo.models.scoring import response_logps
 
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 """Counts changes of the scoring code that change its values; a part of every cache key."""
 
 CHUNK = 256
@@ -87,7 +88,7 @@ def score_all(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Log-probabilities of many responses without gradients, (S,), float64, on the CPU."""
-    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
+    order = _longest_prompt_first(sequences)
     values = torch.empty(len(sequences), dtype=torch.float64)
     model.eval()
     with torch.no_grad():
@@ -98,6 +99,15 @@ def score_all(
             values[chosen] = logps.cpu()
             progress(len(chosen))
     return values
+
+
+def _longest_prompt_first(sequences: Sequence[TokenSequence]) -> list[int]:
+    """Long sequences first, so that memory runs out at once if it does; a prompt's stay together,
+    so that they share it.
+    """
+    groups = group_by_prompt(sequences).values()
+    longest_first = sorted(groups, key=lambda group: -max(len(sequences[i]) for i in group))
+    return [i for group in longest_first for i in group]
 
 
 def _read(file: Path, num_sequences: int) -> Tensor | None:

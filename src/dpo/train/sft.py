@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import nn
 
+from dpo.data.pack import packed_tokens
 from dpo.data.rows import DemonstrationRow
 from dpo.data.tokenize import Encoder, TokenSequence
-from dpo.models.scoring import response_logps
+from dpo.models.scoring import MAX_LOGIT_BYTES, response_logps
 from dpo.train.loop import BatchResult
 from dpo.train.prepare import report_cuts
 from dpo.train.reference import score_all
@@ -39,13 +40,14 @@ class SupervisedMethod:
     precision: str
     max_tokens: int
     save: Callable[[nn.Module, Path], None]
+    max_logit_bytes: int = MAX_LOGIT_BYTES
 
     @property
     def num_rows(self) -> int:
         return len(self.train)
 
     def num_tokens(self, row: int) -> int:
-        return len(self.train[row])
+        return packed_tokens([self.train[row]])
 
     def weight(self, rows: Sequence[int]) -> int:
         """The batch's scored tokens: every token counts the same, whatever response it is in."""
@@ -57,6 +59,7 @@ class SupervisedMethod:
             [self.train[row] for row in rows],
             precision=self.precision,
             max_tokens=self.max_tokens,
+            max_logit_bytes=self.max_logit_bytes,
         )
         return BatchResult(-logps.sum(), {})
 

@@ -1,0 +1,109 @@
+"""Running a model on a batch: the hidden states that its head sees where a token is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo.core.logps import at_least_float32
+from dpo.data.pack import Batch
+from dpo.models.attention import packed_attention_of
+
+
+def precision_context(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The forward pass in float32, or with its matrix products in bfloat16 (weights stay
+    float32).
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def _head_replaced(model: nn.Module, replacement: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the model calls `replacement(hidden)` in place of its output head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    replaced = vars(head).get("forward")  # accelerate replaces it, say
+    head.forward = replacement
+    try:
+        yield
+    finally:
+        del head.forward
+        if replaced is not None:
+            head.forward = replaced
+
+
+def _run(model: nn.Module, batch: Batch, precision: str) -> Tensor:
+    """The model's logits, as its head gives them."""
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(batch.ids).to(device)}
+    attention: AbstractContextManager[None] = nullcontext()
+    if batch.trees is not None:
+        assert batch.positions is not None
+        inputs["position_ids"] = torch.from_numpy(batch.positions).to(device)
+        attention = packed_attention_of(model, batch.trees)
+    with precision_context(precision, device), attention:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def _embedding_gradient_added_to_the_heads(model: nn.Module) -> Iterator[None]:
+    """Inside, an embedding that shares the head's matrix gives a sparse gradient.
+
+    The head's gradient of that matrix is dense and comes first in a backward pass; a sparse one is
+    added to its few rows in place, where a dense one would be another matrix of zeros.
+    """
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    tied = isinstance(embedding, nn.Embedding) and embedding.weight is head.weight
+    before = getattr(embedding, "sparse", False)
+    if tied:
+        embedding.sparse = True
+    try:
+        yield
+    finally:
+        if tied:
+            embedding.sparse = before
+
+
+def head_inputs(model: nn.Module, batch: Batch, *, precision: str = "fp32") -> Tensor:
+    """What the output head would be given at the batch's scored positions, (N, D), in at least
+    float32.
+
+    The head itself is not run. Taking its inputs leaves whatever the model does before it (a last
+    norm, a scaling) in place, for every architecture.
+    """
+    found: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        found.append(at_least_float32(hidden[_index(batch.row), _index(batch.column)]))
+        return hidden.new_zeros(1, 1, 1)  # the logits of nothing
+
+    with _head_replaced(model, keep), _embedding_gradient_added_to_the_heads(model):
+        _run(model, batch, precision)
+    return found[0]
+
+
+def selected_logits(model: nn.Module, batch: Batch, *, precision: str = "fp32") -> Tensor:
+    """The model's logits at the batch's scored positions, (N, V), in at least float32.
+
+    The head works in float32 whatever the precision of the trunk, and what the model does after
+    it (scaling, soft cap) stays in place.
+    """
+    forward = model.get_output_embeddings().forward  # type: ignore[operator]
+
+    def selected(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = at_least_float32(hidden[_index(batch.row), _index(batch.column)])
+            logits: Tensor = forward(rows).unsqueeze(0)
+            return logits
+
+    with _head_replaced(model, selected):
+        return at_least_float32(_run(model, batch, precision).squeeze(0))
+
+
+def _index(values: Any) -> Tensor:
+    return torch.from_numpy(values)

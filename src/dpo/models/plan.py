@@ -1,0 +1,141 @@
+"""How a model is scored: packed or padded, with the fused head or its own. Decided once a model, by
+its configuration and by a trial.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from dpo.core.head import HeadForm
+from dpo.data.pack import Batch, pack, pad
+from dpo.data.tokenize import TokenSequence
+from dpo.models.attention import UnsupportedAttention
+from dpo.models.forward import head_inputs, selected_logits
+
+log = logging.getLogger("dpo")
+
+TOLERANCE = 1e-4
+"""Largest difference between packed and padded logits, relative to their spread, in the trial."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringPlan:
+    """What is exact for a model."""
+
+    packed: bool
+    form: HeadForm | None
+    """What follows the head, where log-probabilities can be had from hidden states; else None."""
+
+    @property
+    def layout(self) -> Callable[[list[TokenSequence]], Batch]:
+        return pack if self.packed else pad
+
+
+_plans: WeakKeyDictionary[nn.Module, ScoringPlan] = WeakKeyDictionary()
+
+
+def scoring_plan(model: nn.Module) -> ScoringPlan:
+    """The model's plan; the first call tries it out, and says where it falls back and why."""
+    plan = _plans.get(model)
+    if plan is None:
+        plan = _plans[model] = _find_plan(model)
+    return plan
+
+
+def _find_plan(model: nn.Module) -> ScoringPlan:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            reason = why_not_packed(model)
+            form = head_form(model)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if reason is not None:
+        log.info(
+            "%s is run on padded rows, without prefix sharing: %s.", type(model).__name__, reason
+        )
+    if form is None:
+        log.info("%s is scored through its own output head.", type(model).__name__)
+    return ScoringPlan(reason is None, form)
+
+
+def why_not_packed(model: nn.Module) -> str | None:
+    """Why packed trees would not be exact for this model, or None where they are.
+
+    What the configuration tells is believed first: small weights can hide a difference from the
+    trial.
+    """
+    config: Any = model.config
+    if not getattr(model, "_supports_attention_backend", False):
+        return "it takes no registered attention function"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if kinds:
+        return f"it has layers of the kind {', '.join(sorted(kinds))}"
+    sequences = _trial(model)
+    try:
+        packed = _logits(model, pack(sequences))
+    except UnsupportedAttention as error:
+        return str(error)
+    padded = _logits(model, pad(sequences))
+    difference = float((packed - padded).abs().max() / padded.std().clamp(min=1e-6))
+    if not difference <= TOLERANCE:
+        return f"packed and padded logits differ by {difference:.1e} of their spread"
+    return None
+
+
+def _trial(model: nn.Module) -> list[TokenSequence]:
+    """Two prompts with responses of several lengths, one of them empty once packed."""
+    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ids = [int(i) for i in torch.randint(size, (24,), generator=torch.Generator().manual_seed(0))]
+    first, second = tuple(ids[:5]), tuple(ids[5:7])
+    return [
+        TokenSequence((*first, *ids[7:12]), 5),
+        TokenSequence((*first, *ids[12:15]), 5),
+        TokenSequence((*first, ids[15]), 5),
+        TokenSequence((*second, *ids[16:18]), 2),
+        TokenSequence((*second, *ids[18:24]), 2),
+    ]
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits before every target, in the order of the targets."""
+    return selected_logits(model, batch)[torch.from_numpy(batch.source)]
+
+
+def head_form(model: nn.Module) -> HeadForm | None:
+    """What the model does between its head and its logits, checked against what it gives.
+
+    None where it is something else, or where the head is more than one matrix and a bias.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear:
+        return None
+    batch = pad(_trial(model))
+    raw = nn.functional.linear(head_inputs(model, batch), head.weight, head.bias)
+    found = selected_logits(model, batch)
+    config: Any = model.config
+    scales = [1.0, getattr(config, "logit_scale", None)]
+    divisor = getattr(config, "logits_scaling", None)
+    scales.append(1 / divisor if divisor else None)
+    for scale in scales:
+        for cap in (None, getattr(config, "final_logit_softcapping", None)):
+            if scale is not None:
+                form = HeadForm(float(scale), cap)
+                if torch.allclose(form(raw.clone()), found, rtol=1e-5, atol=1e-6):
+                    # A cap far above the logits of the trial would not show in it.
+                    if cap is None and getattr(config, "final_logit_softcapping", None):
+                        continue
+                    return form
+    return None
