@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from dpo.data.prompts import load_template, resolve_template
 from dpo.models.export import model_card, save_pretrained
 from dpo.models.generate import generate
-from dpo.models.load import find_model, load_model, load_tokenizer, weights_digest
+from dpo.models.load import find_model, fuse_activations, load_model, load_tokenizer, weights_digest
 from tiny_models import ARCHITECTURES, make
 
 TEMPLATE = resolve_template("question")
@@ -43,7 +43,8 @@ def test_transformers_load_the_same_logits_bitwise(name: str, tokenizer, tmp_pat
     ours = load_model(find_model(str(folder)))
     ids = torch.tensor([tokenizer("What is the capital of Peru?").input_ids])
     assert torch.equal(theirs(ids).logits, model(ids).logits)
-    assert torch.equal(ours(ids).logits, model(ids).logits)
+    torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=0, atol=2e-5)
+    assert torch.equal(ours(ids).logits, fuse_activations(model)(ids).logits)
     assert weights_digest(ours) == weights_digest(model)
 
 

@@ -118,14 +118,15 @@ class _HeadTokenLogps(torch.autograd.Function):
 def _part_width(hidden: Tensor, vocabulary: int, max_bytes: int) -> int:
     """Columns of the logits that exist at once: all where they fit, else equal parts."""
     column_bytes: int = max(1, len(hidden)) * hidden.element_size()
-    parts = -(-vocabulary * column_bytes // max_bytes)
-    return max(1, -(-vocabulary // parts))
+    parts: int = -(-vocabulary * column_bytes // max_bytes)
+    width: int = -(-vocabulary // parts)
+    return max(1, width)
 
 
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice, form: HeadForm
 ) -> Tensor:
-    product = hidden @ weight[part].T
+    product: Tensor = hidden @ weight[part].T
     return form(product if bias is None else product.add_(bias[part]))
 
 
