@@ -12,6 +12,7 @@ from dpo.data.tokenize import TokenSequence
 from dpo.errors import DivergedError
 from dpo.models.fresh import fresh_gpt2
 from dpo.models.load import weights_digest
+from dpo.models.recompute import enable_recomputation
 from dpo.train.loop import Progression, total_steps, training_step
 from dpo.train.preference import EncodedPair, PreferenceMethod, sequences_of
 from dpo.train.reference import score_all
@@ -255,3 +256,57 @@ def test_progress_survives_its_json_even_where_nothing_was_the_best_yet():
     for best in (math.inf, 0.25):
         progression = Progression(step=3, best_step=2, best_loss=best, seconds=1.5)
         assert Progression.from_state(progression.as_state()) == progression
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradient_checkpointing_and_logits_in_parts_train_the_same_policy(start, name):
+    """Losses of several steps with dropout off, as without them."""
+    plain, thrifty = copy.deepcopy(start), copy.deepcopy(start)
+    enable_recomputation(thrifty)
+    method, frugal = METHODS[name](start), METHODS[name](start)
+    frugal.max_logit_bytes = 4096
+    config = configured(optimizer={"learning_rate": 0.003})
+    saving = configured(optimizer={"learning_rate": 0.003}, gradient_checkpointing=True)
+    losses = [train(method, plain, config, steps=4), train(frugal, thrifty, saving, steps=4)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(set(losses[0])) == 4
+
+
+def test_with_dropout_recomputation_draws_the_same_masks(start):
+    plain, thrifty = copy.deepcopy(start), copy.deepcopy(start)
+    enable_recomputation(thrifty)
+    losses = [
+        train(dpo_method(start), plain, configured(dropout=True), steps=3),
+        train(
+            dpo_method(start),
+            thrifty,
+            configured(dropout=True, gradient_checkpointing=True),
+            steps=3,
+        ),
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_pairs_long_since_learnt_do_not_make_denormal_gradients(start):
+    """Margins of 95: their gradients are below the smallest normal number of float32."""
+    method = dpo_method(start)
+    method.train_reference[: len(method.train)] -= 190
+    policy = copy.deepcopy(start)
+    training_step(
+        method,
+        policy,
+        adamw(policy, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0),
+        configured(),
+        step=0,
+    )
+    tiny = torch.finfo(torch.float32).tiny
+    for parameter in policy.parameters():
+        size = parameter.grad.abs()
+        assert not ((size > 0) & (size < tiny)).any()
+
+
+def train(method, policy, config, *, steps):
+    optimizer = adamw(policy, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0)
+    return [
+        training_step(method, policy, optimizer, config, step=step)["loss"] for step in range(steps)
+    ]

@@ -132,7 +132,8 @@ def _logits(
 
 def _in_part(targets: Tensor, part: slice) -> Tensor:
     """Indices of the targets whose logit stands in this part of the vocabulary."""
-    return ((targets >= part.start) & (targets < part.stop)).nonzero().squeeze(-1)
+    inside: Tensor = (targets >= part.start) & (targets < part.stop)
+    return inside.nonzero().squeeze(-1)
 
 
 def _gather(logits: Tensor, source: Tensor, targets: Tensor, part: slice, out: Tensor) -> None:
