@@ -10,7 +10,8 @@ from torch import nn
 from dpo.config import DPOLossConfig
 from dpo.data.tokenize import TokenSequence
 from dpo.models.scoring import response_logps
-from dpo.train.preference import EncodedPair, PreferenceMethod
+from dpo.train.encoded import EncodedPair
+from dpo.train.preference import PreferenceMethod
 from dpo.train.sft import SupervisedMethod
 
 VOCAB = 40

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dpo.config import DPOLossConfig
 from dpo.data.tokenize import TokenSequence
 from dpo.models.scoring import response_logps
-from dpo.train.preference import EncodedPair
+from dpo.train.encoded import EncodedPair
 from tiny_models import ARCHITECTURES, make
 
 

@@ -13,8 +13,9 @@ from dpo.errors import DivergedError
 from dpo.models.fresh import fresh_gpt2
 from dpo.models.load import weights_digest
 from dpo.models.recompute import enable_recomputation
+from dpo.train.encoded import EncodedPair, sequences_of
 from dpo.train.loop import Progression, total_steps, training_step
-from dpo.train.preference import EncodedPair, PreferenceMethod, sequences_of
+from dpo.train.preference import PreferenceMethod
 from dpo.train.reference import score_all
 from dpo.train.schedule import adamw
 from dpo.train.sft import SupervisedMethod

@@ -9,7 +9,7 @@ from dpo.data.prompts import resolve_template
 from dpo.data.rows import DemonstrationRow, Message, PreferenceRow
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
-from dpo.train.preference import encode_pairs
+from dpo.train.encoded import encode_pairs
 from dpo.train.prepare import (
     check_dropped,
     choose_template,

@@ -107,6 +107,11 @@ class Fields:
             return ()
         return tuple(self._number(f"{name}[{i}]", item) for i, item in enumerate(value))
 
+    def number(self, name: str) -> float | None:
+        """One finite number; None where the column is missing or null."""
+        value = self.values.get(name)
+        return None if value is None else self._number(name, value)
+
     def label(self, name: str) -> bool:
         """True or false, 1 or 0, also as text."""
         value = self.values[name]

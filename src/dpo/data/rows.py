@@ -24,13 +24,14 @@ Prompt = str | tuple[Message, ...]
 @dataclass(frozen=True, slots=True)
 class PreferenceRow:
     """One prompt with a chosen and a rejected response, and the place it was read from
-    (`prefs.jsonl:417`).
+    (`prefs.jsonl:417`); `scores` of the two where the data rates them.
     """
 
     prompt: Prompt
     chosen: str
     rejected: str
     source: str = field(default="", compare=False)
+    scores: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

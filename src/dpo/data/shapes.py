@@ -49,8 +49,20 @@ def _preference(fields: Fields) -> Row:
             fields.complain("prompt", "does not occur in the conversations of chosen and rejected")
         return row
     return PreferenceRow(
-        fields.prompt("prompt"), fields.response("chosen"), fields.response("rejected")
+        fields.prompt("prompt"),
+        fields.response("chosen"),
+        fields.response("rejected"),
+        scores=_pair_scores(fields),
     )
+
+
+def _pair_scores(fields: Fields) -> tuple[float, float] | None:
+    """Ratings of both responses, or None where a row has neither."""
+    chosen, rejected = fields.number("chosen_score"), fields.number("rejected_score")
+    if (chosen is None) != (rejected is None):
+        missing = "chosen_score" if chosen is None else "rejected_score"
+        fields.complain(missing, "is missing although the other response has a score")
+    return None if chosen is None or rejected is None else (chosen, rejected)
 
 
 def _opens_conversation(value: object) -> bool:
@@ -78,7 +90,7 @@ def _implicit_conversations(fields: Fields) -> PreferenceRow:
     other, rejected = fields.conversation("rejected")
     if not fields.complaints and prompt != other:
         fields.complain("rejected", "differs from 'chosen' before the last message")
-    return PreferenceRow(prompt, chosen, rejected)
+    return PreferenceRow(prompt, chosen, rejected, scores=_pair_scores(fields))
 
 
 def _implicit_dialogues(fields: Fields) -> PreferenceRow:
@@ -98,7 +110,7 @@ def _implicit_dialogues(fields: Fields) -> PreferenceRow:
         for name, text in (("chosen", chosen), ("rejected", rejected)):
             if HUMAN in text[cut:]:
                 fields.complain(name, "has another Human turn after the common prompt")
-    return PreferenceRow(chosen[:cut], chosen[cut:], rejected[cut:])
+    return PreferenceRow(chosen[:cut], chosen[cut:], rejected[cut:], scores=_pair_scores(fields))
 
 
 def _instruction(fields: Fields) -> str:
@@ -109,7 +121,8 @@ def _instruction(fields: Fields) -> str:
 
 def _instruction_preference(fields: Fields) -> Row:
     prompt = _instruction(fields)
-    return PreferenceRow(prompt, fields.response("chosen"), fields.response("rejected"))
+    chosen, rejected = fields.response("chosen"), fields.response("rejected")
+    return PreferenceRow(prompt, chosen, rejected, scores=_pair_scores(fields))
 
 
 def _ranked(fields: Fields) -> Row:
@@ -163,10 +176,12 @@ class Shape:
         return self.required + self.optional
 
 
+SCORES = ("chosen_score", "rejected_score")
+
 SHAPES = (
-    Shape(("prompt", "chosen", "rejected"), _preference),
-    Shape(("instruction", "chosen", "rejected"), _instruction_preference, ("input",)),
-    Shape(("chosen", "rejected"), _implicit),
+    Shape(("prompt", "chosen", "rejected"), _preference, SCORES),
+    Shape(("instruction", "chosen", "rejected"), _instruction_preference, ("input", *SCORES)),
+    Shape(("chosen", "rejected"), _implicit, SCORES),
     Shape(("prompt", "responses"), _ranked, ("scores",)),
     Shape(("prompt", "completion", "label"), _unpaired),
     Shape(("prompt", "response"), _demonstration("response")),

@@ -37,7 +37,7 @@ from dpo.data.rows import (
     Row,
     UnpairedRow,
 )
-from dpo.data.shapes import Kind, kind_of_row, read_rows
+from dpo.data.shapes import SCORES, Kind, kind_of_row, read_rows
 from dpo.errors import InputError
 
 MAX_SHOWN_PROBLEMS = 20
@@ -266,7 +266,12 @@ def _as_json(row: Row) -> dict[str, object]:
         prompt = [message._asdict() for message in row.prompt]
     match row:
         case PreferenceRow():
-            return {"prompt": prompt, "chosen": row.chosen, "rejected": row.rejected}
+            pair = {"prompt": prompt, "chosen": row.chosen, "rejected": row.rejected}
+            return (
+                pair
+                if row.scores is None
+                else {**pair, **dict(zip(SCORES, row.scores, strict=True))}
+            )
         case RankedRow():
             scores = {} if row.scores is None else {"scores": row.scores}
             return {"prompt": prompt, "responses": row.responses, **scores}
@@ -306,8 +311,61 @@ def as_pairs(rows: Iterable[Row]) -> tuple[PreferenceRow, ...]:
 
 def _pairs_of_ranking(row: RankedRow) -> Iterator[PreferenceRow]:
     for better, worse in itertools.combinations(range(len(row.responses)), 2):
-        if row.scores is None or row.scores[better] > row.scores[worse]:
-            yield PreferenceRow(row.prompt, row.responses[better], row.responses[worse], row.source)
+        scores = None if row.scores is None else (row.scores[better], row.scores[worse])
+        if scores is None or scores[0] > scores[1]:
+            yield PreferenceRow(
+                row.prompt, row.responses[better], row.responses[worse], row.source, scores
+            )
+
+
+def as_rankings(rows: Iterable[Row]) -> tuple[RankedRow, ...]:
+    """Ranked rows as they stand; a preference row is a ranking of two.
+
+    Raises:
+        InputError: A row is neither, or scores its chosen response below the rejected one.
+    """
+    rankings: list[RankedRow] = []
+    for row in rows:
+        if isinstance(row, RankedRow):
+            rankings.append(row)
+        elif isinstance(row, PreferenceRow):
+            two = (row.chosen, row.rejected)
+            if row.scores is not None and row.scores[0] < row.scores[1]:
+                raise InputError(
+                    f"{_where(row)}chosen_score {row.scores[0]:g} is below rejected_score "
+                    f"{row.scores[1]:g}; a ranking goes by the scores."
+                )
+            rankings.append(RankedRow(row.prompt, two, row.scores, row.source))
+        else:
+            raise InputError(
+                f"{_where(row)}expected ranked or preference rows, got {kind_of_row(row)} rows; "
+                "every row needs responses in an order."
+            )
+    return tuple(rankings)
+
+
+def as_unpaired(rows: Iterable[Row]) -> tuple[UnpairedRow, ...]:
+    """Unpaired rows as they stand; of a preference row, the chosen response as desirable and the
+    rejected one as undesirable.
+
+    Raises:
+        InputError: A row is neither, or all labels are the same.
+    """
+    judged: list[UnpairedRow] = []
+    for row in rows:
+        if isinstance(row, UnpairedRow):
+            judged.append(row)
+        elif isinstance(row, PreferenceRow):
+            judged.append(UnpairedRow(row.prompt, row.chosen, True, row.source))
+            judged.append(UnpairedRow(row.prompt, row.rejected, False, row.source))
+        else:
+            raise InputError(
+                f"{_where(row)}expected unpaired or preference rows, got {kind_of_row(row)} rows; "
+                "every row needs a completion and a label."
+            )
+    if len({row.label for row in judged}) < 2:
+        raise InputError("Expected desirable and undesirable completions; all have one label.")
+    return tuple(judged)
 
 
 def as_demonstrations(

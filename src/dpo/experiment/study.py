@@ -22,7 +22,6 @@ from dpo.config import (
     EvaluateConfig,
     ModelConfig,
     PreferenceConfig,
-    Section,
     SFTConfig,
     nested,
     shorthand,
@@ -40,6 +39,7 @@ from dpo.evaluate.records import Generation
 from dpo.evaluate.sbert import load_sentence_model
 from dpo.progress import counting
 from dpo.report.study import CellResult, Study, write_study
+from dpo.sections import Section
 from dpo.train.jobs import train_preference, train_sft
 from dpo.train.prepare import load_preferences
 from dpo.train.run import environment, read_manifest, read_metrics

@@ -19,6 +19,7 @@ from dpo.atomic import replace_folder, write_json
 from dpo.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
+COMPANION = "companion.safetensors"
 NUM_KEPT = 2
 
 log = logging.getLogger("dpo")
@@ -36,7 +37,14 @@ class Checkpoint:
         return int(self.state["step"])
 
 
-def save(root: Path, policy: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> Path:
+def save(
+    root: Path,
+    policy: nn.Module,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    *,
+    companion: nn.Module | None = None,
+) -> Path:
     """Write `root/step-N` with weights, optimizer and state, and drop all but the newest two.
 
     The random state needs no saving: order, dropout and samples are functions of seed and step.
@@ -46,11 +54,14 @@ def save(root: Path, policy: nn.Module, optimizer: Optimizer, state: dict[str, A
         policy: its parameters are saved by name, tied ones once.
         optimizer: AdamW over the policy's parameters.
         state: JSON; must hold `step`, the number of optimizer steps taken.
+        companion: another model that changes while training: a moving reference.
     """
     folder = root / f"step-{int(state['step']):08d}"
     with replace_folder(folder) as temporary:
         save_file(_weights(policy), temporary / "model.safetensors")
         save_file(_optimizer_tensors(policy, optimizer), temporary / "optimizer.safetensors")
+        if companion is not None:
+            save_file(_weights(companion), temporary / COMPANION)
         write_json(temporary / "state.json", state)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)}
@@ -109,19 +120,21 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def restore(checkpoint: Checkpoint, policy: nn.Module, optimizer: Optimizer) -> None:
+def restore(
+    checkpoint: Checkpoint,
+    policy: nn.Module,
+    optimizer: Optimizer,
+    *,
+    companion: nn.Module | None = None,
+) -> None:
     """Put weights and optimizer back exactly as they were.
 
     Raises:
         CheckpointError: the tensors are not those of this model.
     """
-    weights = load_file(checkpoint.folder / "model.safetensors")
-    own = _weights(policy)
-    if weights.keys() != own.keys() or any(weights[n].shape != own[n].shape for n in own):
-        raise CheckpointError(f"{checkpoint.folder}: its weights are those of another model.")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+    _put_back(policy, checkpoint.folder / "model.safetensors")
+    if companion is not None:
+        _put_back(companion, checkpoint.folder / COMPANION)
     saved = load_file(checkpoint.folder / "optimizer.safetensors")
     for name, parameter in policy.named_parameters():
         keys = [key for key in saved if key.rpartition("/")[0] == name]
@@ -129,6 +142,17 @@ def restore(checkpoint: Checkpoint, policy: nn.Module, optimizer: Optimizer) -> 
             optimizer.state[parameter] = {
                 key.rpartition("/")[2]: saved[key].to(parameter.device) for key in keys
             }
+
+
+def _put_back(model: nn.Module, file: Path) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent}: {file.name} is missing; it is of another run.")
+    weights, own = load_file(file), _weights(model)
+    if weights.keys() != own.keys() or any(weights[n].shape != own[n].shape for n in own):
+        raise CheckpointError(f"{file.parent}: its weights are those of another model.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
 
 
 def _weights(policy: nn.Module) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from dpo import atomic
-from dpo.config import ModelConfig, PreferenceConfig, SFTConfig, TrainingConfig
+from dpo.config import DataConfig, ModelConfig, PreferenceConfig, SFTConfig, TrainingConfig
 from dpo.data.prompts import PromptTemplate, as_text, load_template
-from dpo.data.rows import DemonstrationRow, PreferenceRow
+from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, UnpairedRow
 from dpo.data.split import prompt_digest
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
@@ -35,14 +35,18 @@ from dpo.models.load import (
 )
 from dpo.models.recompute import enable_recomputation
 from dpo.progress import counting
+from dpo.train.encoded import KINDS
 from dpo.train.loop import fit
-from dpo.train.preference import PreferenceMethod, encode_pairs, sequences_of
+from dpo.train.objective import Objective, check_scores, make_objective
+from dpo.train.preference import PreferenceMethod
 from dpo.train.prepare import (
     SplitData,
     choose_template,
     encode_prompts,
     load_demonstrations,
+    load_judgements,
     load_preferences,
+    load_rankings,
     make_encoder,
     seeded_choice,
 )
@@ -102,24 +106,31 @@ def train_sft(config: SFTConfig, *, trust_remote_code: bool = False) -> Path:
 
 
 def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = False) -> Path:
-    """DPO against a frozen reference; returns the run directory, finished.
+    """Any loss of the family, with a frozen, a moving or no reference; returns the run directory,
+    finished.
 
     Raises:
         InputError, DivergedError, CheckpointError, StorageError, Stopped: as their classes say.
     """
-    data = load_preferences(config.data)
+    objective = make_objective(config.loss)
+    data = load_rows_for(objective.kind, config.data)
+    check_scores(objective, [*data.train, *data.test])
     policy = open_policy(config.model, [], config.seed, trust_remote_code)
     if config.gradient_checkpointing:
         enable_recomputation(policy.model)
     encoder = make_run_encoder(config, policy, data)
-    # The reference is read apart from the policy: training cannot touch it.
-    reference = open_policy(config.reference or config.model, [], config.seed, trust_remote_code)
-    _check_same_tokens(policy, reference)
-    extra = {"reference_sha256": weights_digest(reference.model)}
-    with _opened(config, data, policy, encoder, **extra) as run:
+    reference, digests = None, {}
+    if objective.needs_reference:
+        # It is read apart from the policy: training cannot touch it.
+        named = config.reference or config.model
+        reference = open_policy(named, [], config.seed, trust_remote_code)
+        _check_same_tokens(policy, reference)
+        digests = {"reference_sha256": weights_digest(reference.model)}
+    with _opened(config, data, policy, encoder, **digests) as run:
         if run.finished:
             return run.folder
-        method = _preference_method(config, data, policy, reference, encoder, run)
+        method = _preference_method(config, objective, data, policy, reference, encoder)
+        _warn_of_whole_batches(method, config)
         save_train_prompts(run.folder, _prompts_seen(config, data))
         fit(method, policy.model, config, run)
         _sample(policy, encoder, _choose(data.test, config), config, run)
@@ -127,42 +138,78 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
     return run.folder
 
 
+def load_rows_for(kind: str, data: DataConfig) -> SplitData[Any]:
+    """Pairs, rankings or judged responses, whichever the loss takes.
+
+    Raises:
+        InputError: the source cannot be read, or its rows are of another kind.
+    """
+    if kind == "pair":
+        return load_preferences(data)
+    return load_rankings(data) if kind == "list" else load_judgements(data)
+
+
 def _preference_method(
     config: PreferenceConfig,
-    data: SplitData[PreferenceRow],
+    objective: Objective,
+    data: SplitData[Any],
     policy: Policy,
-    reference: Policy,
+    reference: Policy | None,
     encoder: Encoder,
-    run: Run,
 ) -> PreferenceMethod:
-    """Encode both sides and score them under the reference, once."""
+    """Encode both sides and score them under the reference, once, unless it moves."""
     held_out = _choose(data.test, config)
-    most = config.data.max_dropped
-    train = encode_pairs(encoder, data.train, max_dropped=most, what="training rows")
-    test = encode_pairs(encoder, held_out, max_dropped=most, what="held-out rows")
-
-    sequences = [*sequences_of(train), *sequences_of(test)]
-    with counting("Reference log-probabilities", len(sequences)) as advance:
-        logps, cached = reference_logps(
-            reference.model,
-            sequences,
-            precision=config.precision,
-            max_tokens=config.batch.max_tokens,
-            progress=advance,
-        )
-    log.info("Reference log-probabilities: %s.", "from the cache" if cached else "computed")
+    kind, most = KINDS[objective.kind], config.data.max_dropped
+    train = kind.encode(encoder, data.train, max_dropped=most, what="training rows")
+    test = kind.encode(encoder, held_out, max_dropped=most, what="held-out rows")
+    train_logps = test_logps = None
+    if reference is not None and config.moving_reference is None:
+        of_train = kind.sequences(train)
+        sequences = [*of_train, *kind.sequences(test)]
+        with counting("Reference log-probabilities", len(sequences)) as advance:
+            logps, cached = reference_logps(
+                reference.model,
+                sequences,
+                precision=config.precision,
+                max_tokens=config.batch.max_tokens,
+                progress=advance,
+            )
+        log.info("Reference log-probabilities: %s.", "from the cache" if cached else "computed")
+        train_logps, test_logps = logps[: len(of_train)], logps[len(of_train) :]
     return PreferenceMethod(
         train=train,
         test=test,
-        train_reference=logps[: 2 * len(train)],
-        test_reference=logps[2 * len(train) :],
+        train_reference=train_logps,
+        test_reference=test_logps,
         loss_config=config.loss,
         precision=config.precision,
         max_tokens=config.batch.max_tokens,
         max_logit_bytes=config.batch.max_logit_mib << 20,
-        kl=_kl(config, reference, encoder, held_out, policy),
-        save=_saver(config, policy, encoder, "Direct Preference Optimization."),
+        kl=None if reference is None else _kl(config, reference, encoder, held_out, policy),
+        save=_saver(config, policy, encoder, LOSS_TITLES.format(config.loss.name)),
+        reference=None if reference is None else reference.model,
+        vocab_size=policy.model.get_output_embeddings().weight.shape[0],  # type: ignore[operator]
+        moving=config.moving_reference,
     )
+
+
+LOSS_TITLES = "Preference optimisation with the loss `{}`."
+
+
+def _warn_of_whole_batches(method: PreferenceMethod, config: PreferenceConfig) -> None:
+    """A batch that cannot be split may need more memory than the token budget says."""
+    if not method.whole_batch:
+        return
+    costs = sorted((method.num_tokens(row) for row in range(method.num_rows)), reverse=True)
+    most = sum(costs[: config.batch.size])
+    if most > config.batch.max_tokens:
+        log.warning(
+            "The loss %s compares the rows of a batch, so a batch is not split: up to %d tokens "
+            "go through the model at once although batch.max_tokens is %d.",
+            config.loss.name,
+            most,
+            config.batch.max_tokens,
+        )
 
 
 def open_policy(
@@ -283,7 +330,7 @@ def _kl(
     config: PreferenceConfig,
     reference: Policy,
     encoder: Encoder,
-    held_out: Sequence[PreferenceRow],
+    held_out: Sequence[Any],
     policy: Policy,
 ) -> Callable[[nn.Module], KLEstimate] | None:
     """On-policy KL on some held-out prompts, or None where the configuration asks for none."""
@@ -325,6 +372,19 @@ def _distinct_prompts(rows: Sequence[Any], most: int, seed: int) -> list[Any]:
     return [prompts[i] for i in seeded_choice(len(prompts), most, seed=seed)]
 
 
+def _given(row: Row) -> dict[str, Any]:
+    """What the data has for a prompt."""
+    match row:
+        case PreferenceRow():
+            return {"chosen": row.chosen, "rejected": row.rejected}
+        case RankedRow():
+            return {"responses": row.responses}
+        case UnpairedRow():
+            return {"completion": row.completion, "label": row.label}
+        case DemonstrationRow():
+            return {"response": row.response}
+
+
 def _sample(
     policy: Policy,
     encoder: Encoder,
@@ -356,14 +416,7 @@ def _sample(
     lines = []
     for prompt, response in zip(prompts, responses, strict=True):
         row = first[prompt]
-        given = (
-            {"response": row.response}
-            if isinstance(row, DemonstrationRow)
-            else {
-                "chosen": row.chosen,
-                "rejected": row.rejected,
-            }
-        )
+        given = _given(row)
         line = {
             "prompt": as_text(prompt),
             "generated": encoder.decode(response.ids),

@@ -76,6 +76,47 @@ class Method(Protocol):
         """Write the policy in Hugging Face format, with all that is needed to use it."""
         ...
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether the rows of a batch act on one another, so that it cannot be split."""
+        ...
+
+    def after_step(self, policy: nn.Module, step: int) -> None:
+        """Called after optimizer step `step`, counted from 1."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON that a checkpoint must hold, beside weights and optimizer, to go on exactly."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put such a state back."""
+        ...
+
+    def companion(self) -> nn.Module | None:
+        """Another model that training changes, and that a checkpoint must hold."""
+        ...
+
+
+class PlainMethod:
+    """A method that carries nothing from step to step."""
+
+    @property
+    def whole_batch(self) -> bool:
+        return False
+
+    def after_step(self, policy: nn.Module, step: int) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+    def companion(self) -> nn.Module | None:
+        return None
+
 
 @dataclass
 class Progression:
@@ -148,7 +189,7 @@ def fit(method: Method, policy: nn.Module, config: TrainingConfig, run: Run) -> 
         epsilon=settings.epsilon,
         weight_decay=settings.weight_decay,
     )
-    progression = _resume(policy, optimizer, run)
+    progression = _resume(method, policy, optimizer, run)
     total = total_steps(config, method.num_rows)
     every = steps_per_epoch(method.num_rows, config.batch.size)
     evaluate_every = every if config.evaluation.every == "epoch" else config.evaluation.every
@@ -169,6 +210,7 @@ def fit(method: Method, policy: nn.Module, config: TrainingConfig, run: Run) -> 
                 run.log({"step": progression.step + 1, **error.metrics})
                 raise
             progression.step += 1
+            method.after_step(policy, progression.step)
             seconds = time.perf_counter() - started
             progression.seconds += seconds
             row = _with_rates(metrics, progression, seconds, every)
@@ -178,7 +220,7 @@ def fit(method: Method, policy: nn.Module, config: TrainingConfig, run: Run) -> 
             if last or progression.step % evaluate_every == 0:
                 _evaluate(method, policy, progression, run, every)
             if last or stop.signal is not None or progression.step % save_every == 0:
-                _save(policy, optimizer, progression, run)
+                _save(method, policy, optimizer, progression, run)
             if stop.signal is not None and not last:
                 raise Stopped(
                     f"Stopped at step {progression.step} of {total}; the state is saved. "
@@ -224,6 +266,8 @@ def training_step(
     loss = 0.0
     sums: dict[str, float] = {}
     micro_batches = split_by_tokens(costs, max_tokens=config.batch.max_tokens)
+    if method.whole_batch:
+        micro_batches = [list(range(len(rows)))]
     for number, members in enumerate(micro_batches):
         if config.dropout:
             _seed_dropout(config.seed, step, number)
@@ -282,20 +326,27 @@ def _set_learning_rate(
     return rate
 
 
-def _resume(policy: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> Progression:
+def _resume(
+    method: Method, policy: nn.Module, optimizer: torch.optim.Optimizer, run: Run
+) -> Progression:
     """Go on from the newest checkpoint that verifies, or start."""
     found = checkpoint.newest(run.checkpoints)
     if found is None:
         run.forget_after(-1)
         return Progression()
-    checkpoint.restore(found, policy, optimizer)
+    checkpoint.restore(found, policy, optimizer, companion=method.companion())
+    method.restore(found.state.get("method", {}))
     run.forget_after(found.step)
     log.info("Going on from step %d (%s).", found.step, found.folder)
     return Progression.from_state(found.state)
 
 
 def _save(
-    policy: nn.Module, optimizer: torch.optim.Optimizer, progression: Progression, run: Run
+    method: Method,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progression: Progression,
+    run: Run,
 ) -> None:
     for name, parameter in policy.named_parameters():
         if not parameter.isfinite().all():
@@ -304,7 +355,8 @@ def _save(
                 "the last checkpoint stays. Try a smaller learning rate."
             )
     run.checkpoints.mkdir(exist_ok=True)
-    checkpoint.save(run.checkpoints, policy, optimizer, progression.as_state())
+    state = progression.as_state() | {"method": method.state()}
+    checkpoint.save(run.checkpoints, policy, optimizer, state, companion=method.companion())
 
 
 def _evaluate(

@@ -1,162 +1,99 @@
-"""Direct Preference Optimization: pairs, their reference log-probabilities, and the step."""
+"""Training on preferences: any loss of the family, on pairs, rankings or judged responses."""
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo.config import DPOLossConfig
-from dpo.core import losses
-from dpo.data.pack import packed_tokens
-from dpo.data.rows import PreferenceRow
-from dpo.data.tokenize import Encoder, TokenSequence
+from dpo.config import MovingReferenceConfig
+from dpo.core.unpaired import kto_reference_point
+from dpo.data.order import split_by_tokens
+from dpo.loss_config import LossConfig
+from dpo.models.distributions import OF_BOTH, OF_POLICY, OF_REFERENCE, along_responses
 from dpo.models.divergence import KLEstimate
 from dpo.models.scoring import MAX_LOGIT_BYTES, response_logps
-from dpo.train.loop import BatchResult
-from dpo.train.prepare import check_dropped, report_cuts
-from dpo.train.reference import score_all
+from dpo.train.encoded import KINDS, EncodedJudgement, Kind, num_tokens
+from dpo.train.loop import BatchResult, PlainMethod
+from dpo.train.objective import Objective, make_objective, reward_scale
 
-TIE_NATS = 1e-4
-"""Log-ratios that differ by less are equal: sums of float32 log-probabilities carry such errors."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPair:
-    """A chosen and a rejected response after the same prompt tokens."""
-
-    chosen: TokenSequence
-    rejected: TokenSequence
-    source: str
-
-
-def encode_pairs(
-    encoder: Encoder, rows: Sequence[PreferenceRow], *, max_dropped: float, what: str
-) -> list[EncodedPair]:
-    """Pairs as tokens; those whose two responses are the same tokens teach nothing and are dropped.
-
-    Raises:
-        InputError: more than the share `max_dropped` would be dropped.
-    """
-    encoded = [encoder.encode(row.prompt, [row.chosen, row.rejected]) for row in rows]
-    report_cuts(encoded, what=what)
-    pairs = [
-        EncodedPair(pair.sequences[0], pair.sequences[1], row.source)
-        for pair, row in zip(encoded, rows, strict=True)
-        if pair.sequences[0] != pair.sequences[1]
-    ]
-    check_dropped(
-        len(rows) - len(pairs),
-        len(rows),
-        reason=f"{what}: chosen and rejected are the same tokens",
-        allowed=max_dropped,
-    )
-    return pairs
-
-
-def sequences_of(pairs: Sequence[EncodedPair]) -> list[TokenSequence]:
-    """All chosen, then all rejected responses, (2B,)."""
-    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-
-
-@dataclass(frozen=True, slots=True)
-class PairLogps:
-    """Log-probabilities of chosen and rejected responses under policy and reference, (B,) each."""
-
-    policy_chosen: Tensor
-    policy_rejected: Tensor
-    reference_chosen: Tensor
-    reference_rejected: Tensor
-
-    def loss(self, config: DPOLossConfig) -> Tensor:
-        """The configured loss of each pair, (B,)."""
-        return losses.dpo(
-            self.policy_chosen,
-            self.policy_rejected,
-            self.reference_chosen,
-            self.reference_rejected,
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
-        )
-
-    def metrics(self, beta: float) -> dict[str, Tensor]:
-        """What is logged of each pair, (B,) each. A margin within rounding of 0 is a tie, no
-        hit.
-        """
-        chosen = beta * (self.policy_chosen - self.reference_chosen)
-        rejected = beta * (self.policy_rejected - self.reference_rejected)
-        margin = chosen - rejected
-        tie = margin.abs() <= beta * TIE_NATS
-        return {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margin": margin,
-            "rewards/accuracy": ((margin > 0) & ~tie).double(),
-            "rewards/ties": tie.double(),
-            "logps/chosen": self.policy_chosen,
-            "logps/rejected": self.policy_rejected,
-            "logps/chosen_change": self.policy_chosen - self.reference_chosen,
-            "logps/rejected_change": self.policy_rejected - self.reference_rejected,
-        }
+ALONG = OF_POLICY | OF_REFERENCE | OF_BOTH
 
 
 @dataclass
-class PreferenceMethod:
-    """DPO on encoded pairs. Reference log-probabilities are (2N,): all chosen, then all
-    rejected.
+class PreferenceMethod(PlainMethod):
+    """A loss on encoded rows.
+
+    Reference log-probabilities are those of all rows' sequences, in the order of
+    `Kind.sequences(rows)`; None where the loss has no reference, or where it moves and is asked
+    again at every step.
     """
 
-    train: list[EncodedPair]
-    test: list[EncodedPair]
-    train_reference: Tensor
-    test_reference: Tensor
-    loss_config: DPOLossConfig
+    train: list[Any]
+    test: list[Any]
+    train_reference: Tensor | None
+    test_reference: Tensor | None
+    loss_config: LossConfig
     precision: str
     max_tokens: int
     kl: Callable[[nn.Module], KLEstimate] | None
     save: Callable[[nn.Module, Path], None]
     max_logit_bytes: int = MAX_LOGIT_BYTES
+    reference: nn.Module | None = None
+    """Only where the loss asks more of the reference than `train_reference` holds."""
+    vocab_size: int = 0
+    moving: MovingReferenceConfig | None = None
+    objective: Objective = field(init=False)
+    kind: Kind = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.objective = make_objective(self.loss_config, vocab_size=self.vocab_size)
+        self.kind = KINDS[self.objective.kind]
 
     @property
     def num_rows(self) -> int:
         return len(self.train)
 
+    @property
+    def whole_batch(self) -> bool:
+        return self.objective.whole_batch
+
     def num_tokens(self, row: int) -> int:
-        return packed_tokens([self.train[row].chosen, self.train[row].rejected])
+        return num_tokens(self.train[row])
 
     def weight(self, rows: Sequence[int]) -> int:
-        """Pairs: every pair counts the same, whatever its lengths."""
+        """Rows: every pair or list counts the same, whatever its lengths."""
         return len(rows)
 
     def loss(self, policy: nn.Module, rows: Sequence[int]) -> BatchResult:
-        sequences = sequences_of([self.train[row] for row in rows])
-        logps = response_logps(
-            policy,
-            sequences,
-            precision=self.precision,
-            max_tokens=self.max_tokens,
-            max_logit_bytes=self.max_logit_bytes,
-        )
-        index = torch.tensor([*rows, *[len(self.train) + row for row in rows]])
-        pair = _pair_logps(logps, self.train_reference[index].to(logps.device))
+        tensors = self._tensors(policy, self.train, rows, self.train_reference)
         with torch.no_grad():
-            metrics = pair.metrics(self.loss_config.beta)
+            metrics = self.kind.metrics(tensors, reward_scale(self.objective))
         sums = {name: value.sum().item() for name, value in metrics.items()}
-        return BatchResult(pair.loss(self.loss_config).sum(), sums)
+        seed = zlib.crc32(np.asarray(rows, np.int64).tobytes())
+        return BatchResult(self.objective.training_loss(tensors, seed=seed), sums)
 
     def evaluate(self, policy: nn.Module) -> dict[str, float]:
         """Held-out loss, rewards and accuracy, and the on-policy KL with its standard error."""
-        logps = score_all(
-            policy, sequences_of(self.test), precision=self.precision, max_tokens=self.max_tokens
-        )
-        pair = _pair_logps(logps, self.test_reference)
-        found = {"eval/loss": pair.loss(self.loss_config).mean().item()}
-        for name, value in pair.metrics(self.loss_config.beta).items():
-            found[f"eval/{name}"] = value.mean().item()
+        costs = [num_tokens(row) for row in self.test]
+        passes = split_by_tokens(costs, max_tokens=self.max_tokens)
+        if self.objective.whole_batch:
+            passes = [list(range(len(self.test)))]
+        sums: dict[str, float] = {}
+        for rows in passes:
+            tensors = self._tensors(policy, self.test, rows, self.test_reference)
+            values = {"loss": self.objective(tensors)}
+            values |= self.kind.metrics(tensors, reward_scale(self.objective))
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value.sum().item()
+        found = {f"eval/{name}": value / len(self.test) for name, value in sums.items()}
         if self.kl is not None and math.isfinite(found["eval/loss"]):  # NaN cannot be sampled from
             estimate = self.kl(policy)
             found["eval/kl"], found["eval/kl_stderr"] = estimate.mean, estimate.stderr
@@ -164,15 +101,103 @@ class PreferenceMethod:
             found["eval/sample_tokens"] = estimate.tokens
         return found
 
+    def _tensors(
+        self, policy: nn.Module, all_rows: list[Any], rows: Sequence[int], reference: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Everything that the loss takes of some rows, by name."""
+        members = [all_rows[row] for row in rows]
+        sequences = self.kind.sequences(members)
+        found = self._along(policy, sequences)
+        if "policy_token_logps" in found:  # log-probabilities come with them
+            policy_logps = found["policy_token_logps"].double().sum(-1)
+        else:
+            policy_logps = self._score(policy, sequences)
+        found = _by_side(found)
+        found |= self.kind.tensors(members, "policy", policy_logps)
+        found |= self.kind.facts(members, policy_logps.device)
+        if reference is not None:
+            values = reference[self.kind.places(all_rows, rows)].to(policy_logps.device)
+            found |= self.kind.tensors(members, "reference", values)
+        elif self.objective.needs_reference:
+            found |= self.kind.tensors(members, "reference", self._reference_logps(sequences))
+        if "kl" in self.objective.wants:
+            found["kl"] = self._reference_point(policy, members)
+        return found
+
+    def _score(self, model: nn.Module, sequences: Sequence[Any]) -> Tensor:
+        return response_logps(
+            model,
+            sequences,
+            precision=self.precision,
+            max_tokens=self.max_tokens,
+            max_logit_bytes=self.max_logit_bytes,
+        )
+
+    def _reference_logps(self, sequences: Sequence[Any]) -> Tensor:
+        assert self.reference is not None
+        with torch.no_grad():
+            return self._score(self.reference, sequences)
+
+    def _along(self, policy: nn.Module, sequences: Sequence[Any]) -> dict[str, Tensor]:
+        """What the loss wants of single tokens and distributions."""
+        wanted = {_without_side(name) for name in self.objective.wants} & ALONG
+        if not wanted:
+            return {}
+        return along_responses(policy, self.reference, sequences, wanted, precision=self.precision)
+
+    def _reference_point(self, policy: nn.Module, rows: Sequence[EncodedJudgement]) -> Tensor:
+        """KTO's z0, from the batch's mismatched responses, without gradient."""
+        sequences = [row.mismatched for row in rows]
+        with torch.no_grad():
+            return kto_reference_point(
+                self._score(policy, sequences), self._reference_logps(sequences)
+            )
+
+    def after_step(self, policy: nn.Module, step: int) -> None:
+        """Move the reference towards the policy, where it moves (`move_reference`)."""
+        if self.moving is not None and step % self.moving.every == 0:
+            assert self.reference is not None
+            move_reference(self.reference, policy, mix=self.moving.mix)
+
+    def companion(self) -> nn.Module | None:
+        return self.reference if self.moving is not None else None
+
+    def state(self) -> dict[str, Any]:
+        return {"running": self.objective.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.objective.restore(state["running"])
+
     def describe(self, row: int) -> str:
-        return self.train[row].source
+        return str(self.train[row].source)
 
     def save_model(self, policy: nn.Module, folder: Path) -> None:
         self.save(policy, folder)
 
 
-def _pair_logps(policy: Tensor, reference: Tensor) -> PairLogps:
-    """Split (2B,) values, all chosen and then all rejected, into pairs."""
-    policy_chosen, policy_rejected = policy.chunk(2)
-    reference_chosen, reference_rejected = reference.chunk(2)
-    return PairLogps(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+@torch.no_grad()
+def move_reference(reference: nn.Module, policy: nn.Module, *, mix: float) -> None:
+    """`theta_ref <- mix theta + (1 - mix) theta_ref`: the reference follows the policy.
+
+    TR-DPO, Gorbatovski et al. 2024 (arXiv:2404.09656); `mix = 1` copies the policy.
+    """
+    for own, other in zip(reference.parameters(), policy.parameters(), strict=True):
+        own.lerp_(other, mix)
+
+
+def _without_side(name: str) -> str:
+    """`policy_chosen_token_logps` as `policy_token_logps`; `chosen_forward_kl` as `forward_kl`."""
+    for side in ("chosen_", "rejected_"):
+        name = name.replace(side, "", 1)
+    return name
+
+
+def _by_side(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values of all chosen and then all rejected responses, under the names of their sides."""
+    split: dict[str, Tensor] = {}
+    for name, values in found.items():
+        model, _, rest = name.partition("_")
+        for side, half in zip(("chosen", "rejected"), values.chunk(2), strict=True):
+            key = f"{model}_{side}_{rest}" if model in ("policy", "reference") else f"{side}_{name}"
+            split[key] = half
+    return split

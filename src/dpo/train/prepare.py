@@ -15,15 +15,29 @@ import numpy as np
 from dpo.config import DataConfig
 from dpo.data import synthetic
 from dpo.data.prompts import PromptTemplate, as_text, default_template, resolve_template
-from dpo.data.rows import DemonstrationRow, PreferenceRow, Prompt, Row
-from dpo.data.sources import LoadedRows, as_demonstrations, as_pairs, load_rows
+from dpo.data.rows import (
+    DemonstrationRow,
+    PreferenceRow,
+    Prompt,
+    RankedRow,
+    Row,
+    UnpairedRow,
+)
+from dpo.data.sources import (
+    LoadedRows,
+    as_demonstrations,
+    as_pairs,
+    as_rankings,
+    as_unpaired,
+    load_rows,
+)
 from dpo.data.split import overlap, split_by_prompt
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
 
 log = logging.getLogger("dpo")
 
-R = TypeVar("R", bound=DemonstrationRow | PreferenceRow)
+R = TypeVar("R", bound=DemonstrationRow | PreferenceRow | RankedRow | UnpairedRow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +75,30 @@ def load_preferences(data: DataConfig) -> SplitData[PreferenceRow]:
         made = synthetic.preferences(**data.synthetic.model_dump())
         return _split(data, made, None, "synthetic")
     return _load(data, as_pairs)
+
+
+def load_rankings(data: DataConfig) -> SplitData[RankedRow]:
+    """Responses in order, best first; pairs are rankings of two.
+
+    Raises:
+        InputError: the source cannot be read, or its rows have no order.
+    """
+    if data.path == "synthetic":
+        made = synthetic.preferences(**data.synthetic.model_dump())
+        return _split(data, as_rankings(made), None, "synthetic")
+    return _load(data, as_rankings)
+
+
+def load_judgements(data: DataConfig) -> SplitData[UnpairedRow]:
+    """Single responses, desirable or not; a pair is one of each.
+
+    Raises:
+        InputError: the source cannot be read, or its rows have no labels.
+    """
+    if data.path == "synthetic":
+        made = synthetic.preferences(**data.synthetic.model_dump())
+        return _split(data, as_unpaired(made), None, "synthetic")
+    return _load(data, as_unpaired)
 
 
 def _load(data: DataConfig, convert: Callable[[Sequence[Row]], tuple[R, ...]]) -> SplitData[R]:

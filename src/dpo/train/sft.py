@@ -13,7 +13,7 @@ from dpo.data.pack import packed_tokens
 from dpo.data.rows import DemonstrationRow
 from dpo.data.tokenize import Encoder, TokenSequence
 from dpo.models.scoring import MAX_LOGIT_BYTES, response_logps
-from dpo.train.loop import BatchResult
+from dpo.train.loop import BatchResult, PlainMethod
 from dpo.train.prepare import report_cuts
 from dpo.train.reference import score_all
 
@@ -29,7 +29,7 @@ def encode_demonstrations(
 
 
 @dataclass
-class SupervisedMethod:
+class SupervisedMethod(PlainMethod):
     """Maximum likelihood of the responses: the mean of `-log pi(y_t | x, y_<t)` over scored
     tokens.
     """
