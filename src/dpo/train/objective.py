@@ -20,6 +20,7 @@ from dpo.loss_config import (
     MixLossConfig,
     SingleLossConfig,
 )
+from dpo.train.encoded import TIE_NATS
 
 WHOLE_BATCH = frozenset({"aot", "aot_unpaired", "beta_dpo", "alpha_dpo", "bco", "bco_pair", "kto"})
 """Losses in which the rows of a batch act on one another, so that a batch cannot be split."""
@@ -57,7 +58,7 @@ class Term:
         margins = losses.margin(*(tensors[name] for name in family.tensors(self.loss)[:4]))
         kept = losses.beta_dpo_selection(
             margins,
-            *(_scalar(self.running[n], tensors) for n in ("running_margin", "running_margin_std")),
+            *(_scalar(self.running.get(name, RUNNING[name]), tensors) for name in MARGINS),
             keep=self.keep,
             generator=torch.Generator(margins.device).manual_seed(seed),
         )
@@ -95,9 +96,10 @@ class Term:
         of_batch = losses.average_margin if per_token else losses.margin
         margins: Tensor = of_batch(**{name: tensors[name] for name in names})
         margins = margins.detach().double()
-        # At the start policy and reference are equal, all margins are 0 and nothing is spread.
-        spread = margins.std(correction=0).clamp(min=1e-6)
-        for name, value in (("running_margin", margins.mean()), ("running_margin_std", spread)):
+        spread = margins.std(correction=0)
+        if spread <= TIE_NATS:  # policy and reference are still equal: nothing to standardise by
+            return
+        for name, value in zip(MARGINS, (margins.mean(), spread), strict=True):
             before = _scalar(self.running.get(name, value.item()), tensors)
             after = losses.moving_average(before, value, momentum=self.momentum)
             self.running[name] = after.item()
@@ -107,6 +109,7 @@ RUNNING = {"reward_shift": 0.0, "running_margin": 0.0, "running_margin_std": 1.0
 """Scalars that a loss carries from batch to batch, and what they are before the first; a checkpoint
 holds them.
 """
+MARGINS = ("running_margin", "running_margin_std")
 
 
 @dataclass
