@@ -33,8 +33,9 @@ report: $(STAMP) ## Check every statement of the theory, then build report/repor
 	$(BIN)/dpo theory --json report/results/theory.json
 	$(BIN)/python report/build.py
 
-bench: $(STAMP)  ## Time an SFT step, a DPO step and generation on fixed random weights
-	$(BIN)/python benchmarks/steps.py
+bench: $(STAMP)  ## Our steps and sampler beside TRL's and transformers': DATA=folder for real text
+	$(BIN)/python benchmarks/compare.py all $(if $(DATA),--data-folder $(DATA))
+	$(BIN)/python benchmarks/report.py
 
 clean:           ## Remove the environment
 	rm -rf $(VENV)

@@ -16,6 +16,7 @@ COMMANDS = (
     ("evaluate",),
     ("demo",),
     ("config",),
+    ("losses",),
     ("theory",),
     ("data", "check"),
     ("data", "synthetic"),
@@ -87,6 +88,64 @@ def test_config_lists_every_key(command, schema):
 def test_config_of_no_command_names_those_there_are():
     err = refused("config", "trian")
     assert err == "trian: expected one of sft, train, evaluate, experiment."
+
+
+# -- losses -------------------------------------------------------------------------------------
+
+
+def test_losses_lists_every_loss_with_its_formula_and_the_notation():
+    from dpo.core.family import LOSSES, NOTATION
+
+    said = dpo("losses")
+    assert said.code == 0
+    for name in [*LOSSES, "mix"]:
+        assert f"│ {name} │" in said.out
+    assert "(Δ − 1/(2β))²" in said.out
+    assert " ".join(NOTATION.split()) in said.out
+
+
+@pytest.mark.parametrize("name", ["dpo", "plackett_luce", "kto", "beta_dpo", "nll"])
+def test_losses_explains_one(name):
+    from dpo.core.family import LOSSES
+
+    said = dpo("losses", name)
+    assert said.code == 0
+    assert LOSSES[name].source in said.out
+    assert "Reference model" in said.out
+    assert ("loss.beta" in said.out) == (name != "nll")
+    assert ">>>" not in said.out
+
+
+def test_losses_explains_mixtures():
+    said = dpo("losses", "mix")
+    assert "loss.mix='[{name: dpo, weight: 0.8}" in said.out
+
+
+def test_an_unknown_loss_is_one_sentence_with_the_nearest_names():
+    assert refused("losses", "simp") == (
+        "simp: there is no such loss (got 'simp'); did you mean simpo or ipo or sppo? "
+        "`dpo losses` lists them."
+    )
+
+
+def test_losses_writes_the_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo.report.loss_figures.svg", lambda name: f"<svg>{name}</svg>")
+    assert dpo("losses", "--write", tmp_path / "a" / "b").code == 0
+    made = {file.name for file in (tmp_path / "a" / "b").iterdir()}
+    assert {"README.md", "dpo.md", "mix.md", "figures"} <= made
+    assert (tmp_path / "a" / "b" / "figures" / "ipo.svg").read_text() == "<svg>ipo</svg>"
+
+
+def test_an_option_that_the_loss_does_not_use_is_refused_before_anything_runs(tmp_path):
+    err = refused("train", "model=x", "out=y", "loss.name=ipo", "loss.label_smoothing=0.1")
+    assert err == (
+        "loss.label_smoothing: has no effect with loss ipo, which takes beta; dpo, robust and exo "
+        "take it"
+    )
+
+
+def test_config_says_where_the_options_of_other_losses_are():
+    assert "`dpo losses NAME`" in dpo("config", "train").out
 
 
 # -- debug --------------------------------------------------------------------------------------

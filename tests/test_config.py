@@ -64,7 +64,7 @@ def test_small_numbers_are_read_right_however_they_are_written(text, tmp_path):
 WRONG = {
     "loss.beta": ["0", "-1", "nan", ".nan", "inf", "high"],
     "loss.label_smoothing": ["0.5", "-0.1", ".nan", "nan"],
-    "loss.name": ["ipo"],
+    "loss.name": ["ippo", "5", "null", "[dpo]"],
     "optimizer.learning_rate": ["0", "-1e-6", ".nan", ".inf"],
     "optimizer.warmup": ["1", "-0.1", ".nan"],
     "optimizer.weight_decay": ["-1", ".nan"],
@@ -85,6 +85,8 @@ WRONG = {
     "save_every": ["0", "never", "true"],
     "evaluation.every": ["0", "1.5"],
     "data.path": ["5", "[]", "[1]"],
+    "moving_reference.mix": ["0", "1.5", ".nan"],
+    "moving_reference.every": ["0", "1.5"],
     "evaluation.kl_prompts": ["-1"],
     "evaluation.sample_temperature": ["-0.1", ".nan"],
 }
@@ -101,7 +103,9 @@ def test_a_wrong_value_is_refused_by_its_dotted_path_with_what_came(key, value):
 
 
 def test_all_wrong_values_are_told_at_once():
-    words = [f"{key}={values[0]}" for key, values in WRONG.items() if key != "max_steps"]
+    # Without a right name nothing is known about the other options of the loss.
+    left_out = ("max_steps", "loss.name")
+    words = [f"{key}={values[0]}" for key, values in WRONG.items() if key not in left_out]
     message = problem(*words, "lerning_rate=1", "optimizer.lr=3")
     head, *lines = message.split("\n")
     assert head == f"{len(words) + 2} problems in the configuration:"
@@ -120,6 +124,7 @@ def test_all_wrong_values_are_told_at_once():
         ("evaluation.max_row=3", "evaluation.max_rows"),
         ("data.test_fractoin=0.1", "data.test_fraction"),
         ("sede=1", "seed"),
+        ("moving_reference.evry=1", "moving_reference.every"),
     ],
 )
 def test_an_unknown_key_is_an_error_that_guesses_what_was_meant(word, meant):
@@ -284,7 +289,14 @@ def test_known_keys_are_the_dotted_leaves_and_sections():
     assert {"loss", "loss.beta", "model.fresh.width", "reference.path", "data.synthetic.seed"} <= {
         *keys
     }
+    assert "moving_reference.mix" in keys
     assert len(keys) == len(set(keys))
+
+
+def test_known_keys_of_the_loss_are_those_of_dpo():
+    """Other losses have pages of their own (`dpo losses NAME`)."""
+    keys = {key for key in known_keys(PreferenceConfig) if key.startswith("loss.")}
+    assert keys == {"loss.name", "loss.beta", "loss.label_smoothing"}
 
 
 @pytest.mark.parametrize("schema", [SFTConfig, PreferenceConfig, EvaluateConfig])

@@ -10,13 +10,15 @@ import pytest
 import dpo
 
 PACKAGE = Path(dpo.__file__).parent
-BASE = {"errors", "atomic", "progress", "config"}
+BASE = {"errors", "atomic", "progress", "config", "loss_config", "sections"}
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
     "atomic": {"errors"},
     "progress": {"errors"},
-    "config": {"errors"},
+    "sections": set(),
+    "loss_config": {"sections"},
+    "config": {"errors", "loss_config", "sections"},
     "core": {"errors"},
     "theory": {"core", "errors"},
     "data": {"core", "errors", "atomic"},

@@ -188,6 +188,20 @@ def experiment_run(settings: Settings = None, trust_remote_code: TrustRemoteCode
     run_study(config, trust_remote_code=trust_remote_code)
 
 
+@experiment_app.command(
+    "losses",
+    help="Every loss on the embedded data, from one SFT model a seed: true reward, KL, a figure.\n\n"
+    "Example: [cyan]dpo experiment losses studies/losses.yaml out=runs/losses[/cyan]"
+    f"{CONFIGURATION}",
+)
+def experiment_losses(settings: Settings = None) -> None:
+    from dpo.experiment.losses import LossStudyConfig, run_losses
+
+    config = _read(LossStudyConfig, settings)
+    _quiet_transformers()
+    run_losses(config)
+
+
 @data_app.command("check")
 def data_check(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders, hub id.")],
@@ -278,6 +292,31 @@ def _schema(command: str) -> type[Any]:
     if command not in known:
         raise InputError(f"{command}: expected one of {', '.join(known)}, experiment.")
     return known[command]
+
+
+@app.command()
+def losses(
+    name: Annotated[
+        str | None, typer.Argument(help="A loss to explain; without one, all are listed.")
+    ] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Write the pages of the documentation, with figures, to that folder."),
+    ] = None,
+) -> None:
+    """List the losses with formula and source, or explain one: what it does, needs and takes."""
+    from dpo.loss_config import LOSS_CONFIGS, describe_unknown_loss
+
+    if name is not None and name not in LOSS_CONFIGS and name != "mix":
+        raise InputError(f"{name}: {describe_unknown_loss(name)}.")
+    from dpo.report.loss_pages import print_loss, print_losses, write_pages
+
+    if write is not None:
+        write_pages(write)
+    elif name is not None:
+        print_loss(name)
+    else:
+        print_losses()
 
 
 @app.command()

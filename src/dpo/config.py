@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from dpo.errors import InputError
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+from dpo.loss_config import (
+    OPTION_KEYS,
+    describe_effectless,
+    describe_unknown_loss,
+    takes_reference,
+    with_name,
+    without_tags,
+)
+from dpo.loss_config import DPOLossConfig as DPOLossConfig  # "as": for others to import from here
+from dpo.loss_config import LossConfig as LossConfig
+from dpo.loss_config import MixLossConfig as MixLossConfig
+from dpo.sections import Count, NonNegative, Positive, Seed
+from dpo.sections import Section as Section
 
 
 def _every(value: Any) -> Any:
@@ -41,12 +49,6 @@ Sources = Annotated[str | list[str], BeforeValidator(_sources)]
 
 PLAIN_NAME = re.compile(r"[\w+-][\w.+ -]*")
 """Names that become parts of file names; none can leave its folder."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def shorthand(value: Any) -> Any:
@@ -205,23 +207,27 @@ class SFTConfig(TrainingConfig):
     train_on_prompt: bool = Field(False, description="Score the prompt's tokens as well.")
 
 
-class DPOLossConfig(Section):
-    """Direct Preference Optimization (Rafailov et al. 2023)."""
+class MovingReferenceConfig(Section):
+    """A reference that follows the policy (TR-DPO: Gorbatovski et al. 2024, arXiv:2404.09656)."""
 
-    name: Literal["dpo"] = "dpo"
-    beta: Positive = Field(0.1, description="Strength of the pull towards the reference.")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Probability that a label is flipped (conservative DPO)."
-    )
+    mix: float = Field(0.6, gt=0, le=1, description="Share of the policy in an update; 1: a copy.")
+    every: Count = Field(512, description="Optimizer steps between two updates.")
 
 
 class PreferenceConfig(TrainingConfig):
-    """DPO from an SFT model against a frozen reference."""
+    """DPO or another preference loss, from an SFT model."""
 
-    loss: DPOLossConfig = DPOLossConfig()
+    loss: Annotated[LossConfig, BeforeValidator(with_name)] = Field(
+        DPOLossConfig(),
+        description="The loss. These are the options of dpo; "
+        "`dpo losses` lists all losses, `dpo losses NAME` the options of one.",
+    )
     evaluation: PreferenceEvaluation = PreferenceEvaluation()
     reference: Annotated[ModelConfig | None, BeforeValidator(shorthand)] = Field(
         None, description="The reference, if not the model that training starts from."
+    )
+    moving_reference: MovingReferenceConfig | None = Field(
+        None, description="Mix the policy into the reference at intervals; frozen by default."
     )
 
     @model_validator(mode="after")
@@ -229,6 +235,14 @@ class PreferenceConfig(TrainingConfig):
         fresh = [c for c in (self.model, self.reference) if c is not None and c.fresh is not None]
         if fresh:
             raise ValueError("DPO starts from a trained model; model.fresh is for dpo sft")
+        return self
+
+    @model_validator(mode="after")
+    def _no_reference_without_use(self) -> PreferenceConfig:
+        if not takes_reference(self.loss):
+            for name in ("reference", "moving_reference"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: has no effect, {self.loss.name} takes no reference")
         return self
 
 
@@ -372,10 +386,15 @@ def validate(schema: type[Config], values: Mapping[str, Any], *, where: str = ""
 
 def _describe(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
     """One validation problem as a sentence."""
-    location = [str(part) for part in problem["loc"]]
+    location = without_tags(problem["loc"])
     key = ".".join(location)
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{key}.name: {describe_unknown_loss(problem['input'].get('name'))}"
     if problem["type"] == "extra_forbidden":
-        known = known_keys(schema)
+        effectless = describe_effectless(problem["loc"])
+        if effectless is not None:
+            return f"{key}: {effectless}"
+        known = known_keys(schema) + (OPTION_KEYS if "loss" in schema.model_fields else [])
         close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
             location[-1], known, n=1
         )
@@ -390,11 +409,11 @@ def _describe(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
 
 
 def known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a configuration."""
+    """Every dotted key of a configuration; of alternative sections, the keys of the first."""
     keys: list[str] = []
     for name, field in schema.model_fields.items():
         keys.append(prefix + name)
-        for section in sections_of(field.annotation):
+        for section in sections_of(field.annotation)[:1]:
             keys += known_keys(section, f"{prefix}{name}.")
     return keys
 

@@ -21,19 +21,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo.atomic import replace_folder, write_json, write_text
+from dpo.atomic import write_json, write_text
 from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, validate
-from dpo.data.prompts import resolve_template
 from dpo.data.sources import write_jsonl
-from dpo.data.synthetic import World, demonstrations, label_pairs
-from dpo.data.tokenize import Encoder
+from dpo.data.synthetic import World, label_pairs
 from dpo.evaluate.jobs import Evaluation, evaluate
 from dpo.evaluate.winrate import WinRateRow
-from dpo.models.divergence import KLEstimate, on_policy_kl
-from dpo.models.export import model_card, save_pretrained
-from dpo.models.fresh import fresh_gpt2, train_tokenizer
-from dpo.models.generate import generate
-from dpo.models.load import find_model, load_model, load_tokenizer, pick_device
+from dpo.experiment.embedded import (
+    MAX_NEW_TOKENS,
+    TEST_FRACTION,
+    data_settings,
+    kl_to_sft,
+    make_base,
+    run_settings,
+    sample_answers,
+    train_demonstrator,
+)
+from dpo.models.divergence import KLEstimate
 from dpo.report.figures import (
     RewardKLPoint,
     TrainingCurve,
@@ -47,10 +51,6 @@ from dpo.train.run import environment, read_metrics
 log = logging.getLogger("dpo")
 
 BETAS = (1.0, 0.3, 0.1)
-TEMPLATE = "question"
-TEST_FRACTION = 0.25
-MAX_NEW_TOKENS = 48
-MAX_LENGTH = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,8 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> list[DemoRow]:
     world = World()
     out.mkdir(parents=True, exist_ok=True)
     scale = 0.1 if short else 1.0
-    base = _make_base(out, seed)
-    sft = _train_sft(out, base, seed, steps=round(700 * scale))
+    base = make_base(out / "base", seed, method="Untrained; the demo starts here.")
+    sft = train_demonstrator(out / "sft", base, seed, steps=round(700 * scale))
     pairs = _sample_pairs(out, sft, world, seed, num_per_prompt=1 if short else 12)
     models = {
         "base": base,
@@ -110,52 +110,10 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> list[DemoRow]:
 # -- training ------------------------------------------------------------------------------------
 
 
-def _make_base(out: Path, seed: int) -> Path:
-    """A fresh GPT-2 of 242k parameters, with a tokenizer learnt from the demonstrations."""
-    folder = out / "base"
-    if (folder / "config.json").exists():
-        return folder
-    rows = demonstrations(num_rows=2000, seed=seed)
-    tokenizer = train_tokenizer((f"{r.prompt}\n{r.response}" for r in rows), vocab_size=512)
-    model = fresh_gpt2(width=96, layers=2, heads=2, positions=128, tokenizer=tokenizer, seed=seed)
-    template = resolve_template(TEMPLATE)
-    card = model_card(
-        title="base",
-        base="random weights",
-        data="none",
-        template=template,
-        method="Untrained; the demo starts here.",
-        settings="{}",
-    )
-    stop_ids = Encoder(tokenizer, template, MAX_LENGTH).stop_ids
-    with replace_folder(folder) as new:
-        save_pretrained(model, tokenizer, template, new, card=card, stop_ids=stop_ids)
-    return folder
-
-
-def _common(out: Path, model: Path, seed: int, steps: int) -> dict[str, Any]:
-    return {
-        "model": str(model),
-        "out": str(out),
-        "seed": seed,
-        "max_steps": max(steps, 2),
-        "batch": {"size": 64, "max_tokens": 16_384},
-    }
-
-
-def _train_sft(out: Path, base: Path, seed: int, *, steps: int) -> Path:
-    values = _common(out / "sft", base, seed, steps) | {
-        "data": _data("synthetic", synthetic={"num_rows": 2000, "seed": seed}),
-        "optimizer": {"learning_rate": 3e-3, "schedule": "cosine"},
-        "evaluation": {"max_new_tokens": MAX_NEW_TOKENS},
-    }
-    return train_sft(validate(SFTConfig, values))
-
-
 def _train_preferred(out: Path, sft: Path, pairs: Path, seed: int, scale: float) -> Path:
     """Preferred-FT (Rafailov et al. 2023, Section 6): SFT on the chosen responses, no more."""
-    values = _common(out / "preferred-ft", sft, seed, round(60 * scale)) | {
-        "data": _data(str(pairs)),
+    values = run_settings(out / "preferred-ft", sft, seed, round(60 * scale)) | {
+        "data": data_settings(str(pairs)),
         "optimizer": {"learning_rate": 1e-3, "schedule": "cosine"},
         "evaluation": {"max_new_tokens": MAX_NEW_TOKENS},
     }
@@ -163,23 +121,13 @@ def _train_preferred(out: Path, sft: Path, pairs: Path, seed: int, scale: float)
 
 
 def _train_dpo(out: Path, sft: Path, pairs: Path, seed: int, beta: float, steps: int) -> Path:
-    values = _common(out / f"dpo-beta-{beta:g}", sft, seed, steps) | {
-        "data": _data(str(pairs)),
+    values = run_settings(out / f"dpo-beta-{beta:g}", sft, seed, steps) | {
+        "data": data_settings(str(pairs)),
         "loss": {"beta": beta},
         "optimizer": {"learning_rate": 2e-4},
         "evaluation": {"every": max(steps // 5, 1), "max_new_tokens": MAX_NEW_TOKENS},
     }
     return train_preference(validate(PreferenceConfig, values))
-
-
-def _data(path: str, **more: Any) -> dict[str, Any]:
-    return {
-        "path": path,
-        "test_fraction": TEST_FRACTION,
-        "max_length": MAX_LENGTH,
-        "max_dropped": 1.0,
-        **more,
-    }
 
 
 def _sample_pairs(out: Path, sft: Path, world: World, seed: int, *, num_per_prompt: int) -> Path:
@@ -191,31 +139,14 @@ def _sample_pairs(out: Path, sft: Path, world: World, seed: int, *, num_per_prom
     file = out / "pairs.jsonl"
     if file.exists():
         return file
-    encoder, model = _open(sft)
-    places = [(i, s) for i in range(len(world.prompts)) for s in range(2 * num_per_prompt)]
-    ids = [encoder.prompt_ids(prompt) for prompt in world.prompts]
-    responses = generate(
-        model,
-        [ids[i] for i, _ in places],
-        keys=[f"pairs/{i}/{s}" for i, s in places],
-        temperature=1.0,
-        max_new_tokens=MAX_NEW_TOKENS,
-        stop_ids=encoder.stop_ids,
-        seed=seed,
-        batch_size=256,
-    )
-    texts = [encoder.decode(response.ids) for response in responses]
-    prompts = [world.prompts[i] for i, _ in places[::2]]
-    rows = label_pairs(world, prompts, texts[::2], texts[1::2], seed=seed)
+    answers = sample_answers(sft, world.prompts, num_per_prompt=2 * num_per_prompt, seed=seed)
+    prompts = [prompt for prompt in world.prompts for _ in range(num_per_prompt)]
+    first = [text for texts in answers for text in texts[::2]]
+    second = [text for texts in answers for text in texts[1::2]]
+    rows = label_pairs(world, prompts, first, second, seed=seed)
     write_jsonl(rows, file)
     log.info("%d pairs of the SFT model's answers in %s.", len(rows), file)
     return file
-
-
-def _open(folder: Path) -> tuple[Encoder, Any]:
-    source = find_model(str(folder))
-    model = load_model(source).to(pick_device())
-    return Encoder(load_tokenizer(source), resolve_template(TEMPLATE), MAX_LENGTH), model
 
 
 # -- measuring -----------------------------------------------------------------------------------
@@ -245,18 +176,8 @@ def _kl(
     folder: Path, sft: Path, evaluation: Evaluation, seed: int, *, samples_per_prompt: int
 ) -> KLEstimate:
     """KL(model || SFT) on the held-out questions, responses sampled from the model."""
-    encoder, model = _open(folder)
-    _, reference = _open(sft)
     prompts = list(dict.fromkeys(record.prompt for record in evaluation.scored))
-    return on_policy_kl(
-        model,
-        reference,
-        [encoder.prompt_ids(prompt) for prompt in prompts],
-        stop_ids=encoder.stop_ids,
-        max_new_tokens=MAX_NEW_TOKENS,
-        samples_per_prompt=samples_per_prompt,
-        seed=seed,
-    )
+    return kl_to_sft(folder, sft, prompts, seed=seed, samples_per_prompt=samples_per_prompt)
 
 
 def _rows(
