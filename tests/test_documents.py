@@ -58,7 +58,11 @@ def test_every_recipe_is_a_valid_configuration_and_says_its_command(file):
     assert read_config(SCHEMAS[command.group(1)], file).model.path is not None
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "file",
+    sorted({*(ROOT / "studies").glob("*.yaml")} - {ROOT / "studies" / "losses.yaml"}),
+    ids=lambda f: f.name,
+)
 def test_every_study_plans_its_runs(file):
     config = read_config(StudyConfig, file)
     todo = plan(config)

@@ -190,9 +190,9 @@ def experiment_run(settings: Settings = None, trust_remote_code: TrustRemoteCode
 
 @experiment_app.command(
     "losses",
-    help="Every loss on the embedded data, from one SFT model a seed: true reward, KL, a figure.\n\n"
-    "Example: [cyan]dpo experiment losses studies/losses.yaml out=runs/losses[/cyan]"
-    f"{CONFIGURATION}",
+    help="Every loss on the embedded data, from one SFT model a seed: true reward, KL, figure.\n\n"
+    "Example: [cyan]dpo experiment losses studies/losses.yaml out=runs/losses[/cyan]\n\n"
+    "The file shows every key; key=value sets one.",
 )
 def experiment_losses(settings: Settings = None) -> None:
     from dpo.experiment.losses import LossStudyConfig, run_losses

@@ -41,6 +41,8 @@ from dpo.train.run import read_manifest
 
 log = logging.getLogger("dpo")
 
+SFT = "SFT"
+"""What the table calls the model that all losses start from."""
 BASELINE = "dpo"
 """The loss that all others are tested against."""
 NUM_PERMUTATIONS = 100_000
@@ -62,7 +64,6 @@ class Contestant:
     """A trained model of the study."""
 
     label: str
-    kind: str
     seed: int
     folder: Path
 
@@ -111,19 +112,16 @@ def collect(
         failures: the sentence that a loss ended with, by its name and seed.
     """
     pairs = {seed: load_preferences(_data(own.pairs)) for seed, own in data.items()}
-    first = min(pairs, key=list(data).index)
+    first = next(iter(data))
     rows = held_out_rows(pairs[first], max_prompts=len(world.prompts), seed=0)
     records = _answers(
         contestants, pairs[first], data[first].pairs, rows, folder, samples_per_question
     )
-    scored = score_generations(
-        [*records, *null_responses(rows)], load_sentence_model(sentence_model)
-    )
+    embed = load_sentence_model(sentence_model)
+    scored = score_generations([*records, *null_responses(rows)], embed)
     wins = {row.model: row for row in win_rate_table(scored)}
-    rewards = {
-        row.model: row
-        for row in true_reward_table([replace(r, temperature=1.0) for r in scored], world)
-    }
+    at_one = [replace(record, temperature=1.0) for record in scored]  # null responses have none
+    rewards = {row.model: row for row in true_reward_table(at_one, world)}
     questions = [str(row.prompt) for row in rows]
     measured: dict[tuple[str, int], Measured] = {}
     with counting("Measuring", len(contestants)) as advance:
@@ -138,25 +136,20 @@ def collect(
             )
             advance(1)
     of_seed = _means_by_question(records, world, list(data), samples_per_question)
-    labels = ["SFT", *sorted(kinds, key=lambda name: (KIND_ORDER[kinds[name]], name))]
-    models = [
-        _row(
-            label,
-            kinds.get(label, "start"),
-            [one for one in contestants if one.label == label],
-            [f"seed {seed}: {text}" for (name, seed), text in failures.items() if name == label],
-            measured,
-            of_seed,
-            rewards,
-            wins,
-        )
-        for label in labels
-    ]
+
+    def row_of(label: str, kind: str) -> LossRow:
+        own = [one for one in contestants if one.label == label]
+        said = [f"seed {seed}: {text}" for (name, seed), text in failures.items() if name == label]
+        return _row(label, kind, own, said, measured, of_seed, rewards, wins)
+
+    order = sorted(kinds, key=lambda name: (KIND_ORDER[kinds[name]], name))
+    losses = compared_with_dpo([row_of(name, kinds[name]) for name in order], of_seed)
     nulls = [_null_row(row, rewards[row.model]) for row in wins.values() if row.kind == "null"]
-    start, losses = models[:1], models[1:]
     held_out = [pair for own in pairs.values() for pair in own.test]
     return Results(
-        [*start, *nulls, *tested(losses, of_seed)], label_accuracy(world, held_out), len(rows)
+        [row_of(SFT, "start"), *nulls, *losses],
+        label_accuracy=label_accuracy(world, held_out),
+        num_questions=len(rows),
     )
 
 
@@ -315,7 +308,7 @@ def _null_row(wins: WinRateRow, reward: RewardRow) -> LossRow:
     return replace(row, **_rewards_and_wins(reward, wins))
 
 
-def tested(rows: Sequence[LossRow], of_seed: RewardsOfSeed) -> list[LossRow]:
+def compared_with_dpo(rows: Sequence[LossRow], of_seed: RewardsOfSeed) -> list[LossRow]:
     """The rows with their paired tests against DPO, Holm's correction over all of them.
 
     A question's difference is the mean over the seeds that both finished; the interval is

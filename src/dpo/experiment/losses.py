@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,13 +25,13 @@ from dpo.experiment.embedded import (
     sample_answers,
     train_demonstrator,
 )
-from dpo.experiment.loss_results import Contestant, SeedData, collect
+from dpo.experiment.loss_results import SFT, Contestant, SeedData, collect
 from dpo.experiment.ratings import LIST_SIZE, rated_rows
 from dpo.experiment.study import dotted
 from dpo.loss_config import LOSS_CONFIGS, Kind, describe_unknown_loss
 from dpo.models.load import weights_digest
 from dpo.report.loss_study import LossStudy, write_loss_study
-from dpo.sections import Count, Positive, Seed, Section
+from dpo.sections import Count, Positive, Section, Seed
 from dpo.train.jobs import train_preference
 from dpo.train.run import environment, open_run
 
@@ -156,9 +155,9 @@ def run_losses(config: LossStudyConfig) -> LossStudy:
         failure = train(run)
         if failure is not None:
             failures[run.name, run.seed] = failure
-    contestants = [Contestant("SFT", "start", seed, data[seed].sft) for seed in config.seeds]
+    contestants = [Contestant(SFT, seed, data[seed].sft) for seed in config.seeds]
     contestants += [
-        Contestant(run.name, run.kind, run.seed, Path(run.config.out))
+        Contestant(run.name, run.seed, Path(run.config.out))
         for run in runs
         if (run.name, run.seed) not in failures
     ]
@@ -245,11 +244,3 @@ def train(run: LossRun) -> str | None:
         write_json(file, {"sentence": str(error), "config": settings})
         return str(error)
     return None
-
-
-def changed_settings(config: LossStudyConfig) -> Sequence[str]:
-    """One line for each loss that was not run with the common settings."""
-    return [
-        f"{name}: {', '.join(f'{key} = {value}' for key, value in settings.items())}"
-        for name, settings in config.losses.items()
-    ]

@@ -95,6 +95,9 @@ COLUMNS = (
     "seconds",
 )
 
+ON_SCREEN = ("model", "true reward", "Holm p", "right", "polite", "KL to SFT")
+"""What fits into a terminal."""
+
 
 def write_loss_study(study: LossStudy) -> None:
     """table.csv, figures/reward_kl and README.md in the study's folder, the table on the screen."""
@@ -106,10 +109,12 @@ def write_loss_study(study: LossStudy) -> None:
     loss_figure(study.rows, study.folder / "figures" / "reward_kl")
     write_text(study.folder / "README.md", page(study))
     table = Table(title=f"{study.num_questions} held-out questions, temperature 1")
-    for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if number < 2 else "right")
+    shown = [COLUMNS.index(name) for name in ON_SCREEN]
+    for name in ON_SCREEN:
+        table.add_column(name, justify="left" if name == "model" else "right")
     for row in study.rows:
-        table.add_row(*(Text(cell) for cell in cells(row)))
+        line = cells(row)
+        table.add_row(*(Text(line[place]) for place in shown))
     console = Console()
     console.print(table)
     console.print(Text(f"Page: {study.folder / 'README.md'}"))
@@ -206,6 +211,7 @@ def loss_figure(rows: Sequence[LossRow], stem: Path) -> list[Path]:
             bars += zip(kl, low, kl, high, strict=True)
         axes.set_xlim(left=0)
         axes.margins(y=0.06)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel=KL_LABEL.replace("reference", "SFT"), ylabel="True reward")
         figure.legend(loc="outside upper left", ncols=4)
         caption(
@@ -247,12 +253,13 @@ def _what_was_done(study: LossStudy) -> str:
         "plus Gumbel noise. The ratings of four answers make a ranking (a Plackett-Luce draw); of "
         "two of them, a pair (a Bradley-Terry draw); a pair's two responses, apart, are a "
         "desirable and an undesirable one. Losses that take scores are given, for each answer, the "
-        "share of the other answers to its question that were rated lower.\n\n"
+        "share of the other answers to its question that were rated lower. Pairs of equal answers, "
+        "and rankings of nothing else, are left out.\n\n"
         f"Every loss was trained from the SFT model for {config['steps']} steps of {responses} "
         f"responses ({responses // 2} pairs, {responses // 4} rankings or {responses} judged "
-        f"responses) at learning rate {config['learning_rate']:g}, with its paper's options and the "
-        "SFT model as its reference, where it has one; questions are held out by the same split "
-        "everywhere."
+        f"responses) at learning rate {config['learning_rate']:g}, with its paper's options and "
+        "the SFT model as its reference, where it has one; questions are held out by the same "
+        "split everywhere."
     )
     if not config["losses"]:
         return text
@@ -312,8 +319,7 @@ It does not show which loss is best:
   is seen only in the few seeds, in the column beside the reward.
 - A p above 0.05 does not say that two losses are equal.
 - The judge follows Bradley-Terry and Plackett-Luce exactly, which DPO assumes and real judges do
-  not do; the model and its language are small. Orders may be others on
-  real data.
+  not do; the model and its language are small. Orders may be others on real data.
 - The budget is equal in responses, not in what is said of them: a ranking of four says more than
   its two pairs, a score more than an order, a pair more than its two responses apart."""
 
