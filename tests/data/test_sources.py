@@ -23,7 +23,14 @@ from dpo.data.rows import (
     RankedRow,
     UnpairedRow,
 )
-from dpo.data.sources import as_demonstrations, as_pairs, load_rows, write_jsonl
+from dpo.data.sources import (
+    as_demonstrations,
+    as_pairs,
+    as_rankings,
+    as_unpaired,
+    load_rows,
+    write_jsonl,
+)
 from dpo.errors import InputError, StorageError
 
 SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -696,14 +703,41 @@ def test_a_ranking_gives_every_pair_whose_order_is_strict():
     ranked = RankedRow("Why?", ("a", "b", "c"), (2.0, 1.0, 1.0), source="f:1")
     unscored = RankedRow("How?", ("x", "y", "z"))
     assert as_pairs([ranked, unscored, PREFERENCE]) == (
-        PreferenceRow("Why?", "a", "b"),
-        PreferenceRow("Why?", "a", "c"),
+        PreferenceRow("Why?", "a", "b", scores=(2.0, 1.0)),
+        PreferenceRow("Why?", "a", "c", scores=(2.0, 1.0)),
         PreferenceRow("How?", "x", "y"),
         PreferenceRow("How?", "x", "z"),
         PreferenceRow("How?", "y", "z"),
         PREFERENCE,
     )
     assert as_pairs([ranked])[0].source == "f:1"
+
+
+def test_pairs_may_carry_scores_of_both_responses_or_of_none(tmp_path):
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": 3, "rejected_score": 1.5},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    loaded = load_rows(str(file))
+    assert [row.scores for row in loaded.rows] == [(3.0, 1.5), None]
+    write_jsonl(loaded.rows, tmp_path / "again.jsonl")
+    assert load_rows(str(tmp_path / "again.jsonl")).rows == loaded.rows
+    rows[1]["rejected_score"] = 2
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with pytest.raises(InputError, match=r"rows.jsonl:2: .*chosen_score.* is missing"):
+        load_rows(str(file))
+
+
+def test_pairs_serve_as_rankings_and_as_judged_responses():
+    pair = PreferenceRow("Why?", "a", "b", source="f:1", scores=(2.0, 1.0))
+    assert as_rankings([pair]) == (RankedRow("Why?", ("a", "b"), (2.0, 1.0)),)
+    assert as_unpaired([pair]) == (UnpairedRow("Why?", "a", True), UnpairedRow("Why?", "b", False))
+    with pytest.raises(InputError, match=r"^f:1: chosen_score 1 is below rejected_score 2"):
+        as_rankings([PreferenceRow("Why?", "a", "b", source="f:1", scores=(1.0, 2.0))])
+    with pytest.raises(InputError, match="all have one label"):
+        as_unpaired([UnpairedRow("Why?", "a", True)])
 
 
 def test_rows_without_a_preference_give_no_pairs():

@@ -311,3 +311,10 @@ def train(method, policy, config, *, steps):
     return [
         training_step(method, policy, optimizer, config, step=step)["loss"] for step in range(steps)
     ]
+
+
+def test_a_step_leaves_the_threads_arithmetic_as_it_was(start):
+    policy = copy.deepcopy(start)
+    optimizer = adamw(policy, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0)
+    training_step(dpo_method(start), policy, optimizer, configured(), step=0)
+    assert torch.tensor(1e-40).mul(1).item() > 0
