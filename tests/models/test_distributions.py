@@ -24,7 +24,7 @@ def models() -> tuple[nn.Module, nn.Module]:
 
 
 def distributions(model: nn.Module, s: TokenSequence) -> Tensor:
-    """Log-probabilities of all tokens before each scored one, (T, V), by the model's own forward."""
+    """Log-probabilities of the next token at each scored one, (T, V), by the model alone."""
     logits = model(torch.tensor([s.ids])).logits[0]
     return logits.log_softmax(-1)[s.prompt_length - 1 : -1]
 

@@ -35,8 +35,8 @@ def test_pairs_give_lengths_scores_and_places() -> None:
     assert kind.sequences(pairs) == [S[0], S[2], S[1], S[3]]
     assert kind.places(pairs, [1]) == [1, 3]
     facts = kind.facts(pairs, torch.device("cpu"))
-    assert facts["chosen_lengths"].tolist() == [2, 4]
-    assert facts["rejected_lengths"].tolist() == [3, 5]
+    assert facts["chosen_lengths"].tolist() == [1, 3]
+    assert facts["rejected_lengths"].tolist() == [2, 4]
     assert facts["rejected_scores"].tolist() == [1.0, 0.5]
     bare = kind.facts([EncodedPair(S[0], S[1], "")], torch.device("cpu"))
     assert "chosen_scores" not in bare
