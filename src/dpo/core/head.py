@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 BLOCK_BYTES = 1 << 20
 """Logits that are exponentiated together: they stay in a core's cache."""
@@ -61,12 +62,41 @@ def head_token_logps(
         form: scale and soft cap that the model applies after the head.
         max_bytes: most memory for logits.
     """
-    apply: Any = _HeadTokenLogps.apply
-    logps: Tensor = apply(hidden, weight, bias, source, targets, form, max(1, max_bytes))
+    width = _part_width(hidden, len(weight), max_bytes)
+    if width >= len(weight):
+        logits = linear(hidden, weight, bias)
+        return _apply(_LogitTokenLogps, logits, source, targets, form)
+    return _apply(_PartwiseTokenLogps, hidden, weight, bias, source, targets, form, width)
+
+
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    logps: Tensor = function.apply(*arguments)
     return logps
 
 
-class _HeadTokenLogps(torch.autograd.Function):
+class _LogitTokenLogps(torch.autograd.Function):
+    """From all logits, which become their own gradient. The products around it are torch's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, source: Tensor, targets: Tensor, form: HeadForm
+    ) -> Tensor:
+        logits = form(logits)
+        log_total = _log_sum_exp(logits)
+        ctx.save_for_backward(logits, source, targets, log_total)
+        ctx.form = form
+        return logits[source, targets] - log_total[source]
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        logits, source, targets, log_total = ctx.saved_tensors
+        _to_gradient(logits, log_total, source, targets, outputs[0], slice(0, None), ctx.form)
+        return logits, None, None, None
+
+
+class _PartwiseTokenLogps(torch.autograd.Function):
+    """From hidden states, with the logits of `width` tokens of the vocabulary at a time."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -76,36 +106,29 @@ class _HeadTokenLogps(torch.autograd.Function):
         source: Tensor,
         targets: Tensor,
         form: HeadForm,
-        max_bytes: int,
+        width: int,
     ) -> Tensor:
-        vocabulary = weight.shape[0]
-        width = _part_width(hidden, vocabulary, max_bytes)
         log_total = hidden.new_full((len(hidden),), -torch.inf)
         target_logits = hidden.new_empty(len(targets))
-        logits = hidden  # always replaced: there is a part
-        for start in range(0, vocabulary, width):
-            part = slice(start, start + width)
+        for part in _parts(weight, width):
             logits = _logits(hidden, weight, bias, part, form)
-            _gather(logits, source, targets, part, target_logits)
+            inside, hit, column = _in_part(source, targets, part)
+            target_logits[inside] = logits[hit, column]
             log_total = torch.logaddexp(log_total, _log_sum_exp(logits))
-        kept = logits if width >= vocabulary and any(ctx.needs_input_grad[:3]) else None
-        ctx.save_for_backward(hidden, weight, bias, source, targets, log_total, kept)
+        ctx.save_for_backward(hidden, weight, bias, source, targets, log_total)
         ctx.form, ctx.width = form, width
         return target_logits - log_total[source]
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = outputs[0]
-        hidden, weight, bias, source, targets, log_total, kept = ctx.saved_tensors
+        hidden, weight, bias, source, targets, log_total = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        row_gradient = torch.zeros_like(log_total).index_add_(0, source, gradient)
         hidden_gradient = torch.zeros_like(hidden) if needs_hidden else None
         weight_gradient = torch.empty_like(weight) if needs_weight else None
         bias_gradient = torch.empty_like(weight[:, 0]) if needs_bias else None
-        for start in range(0, len(weight), ctx.width):
-            part = slice(start, start + ctx.width)
-            logits = _logits(hidden, weight, bias, part, ctx.form) if kept is None else kept
-            _to_gradient(logits, log_total, row_gradient, source, targets, gradient, part, ctx.form)
+        for part in _parts(weight, ctx.width):
+            logits = _logits(hidden, weight, bias, part, ctx.form)
+            _to_gradient(logits, log_total, source, targets, outputs[0], part, ctx.form)
             if hidden_gradient is not None:
                 hidden_gradient.addmm_(logits, weight[part])
             if weight_gradient is not None:
@@ -113,6 +136,12 @@ class _HeadTokenLogps(torch.autograd.Function):
             if bias_gradient is not None:
                 bias_gradient[part] = logits.sum(0)
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
+
+
+def _parts(weight: Tensor, width: int) -> Iterator[slice]:
+    """Parts of the vocabulary."""
+    for start in range(0, len(weight), width):
+        yield slice(start, start + width)
 
 
 def _part_width(hidden: Tensor, vocabulary: int, max_bytes: int) -> int:
@@ -126,19 +155,16 @@ def _part_width(hidden: Tensor, vocabulary: int, max_bytes: int) -> int:
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice, form: HeadForm
 ) -> Tensor:
-    product: Tensor = hidden @ weight[part].T
-    return form(product if bias is None else product.add_(bias[part]))
+    return form(linear(hidden, weight[part], None if bias is None else bias[part]))
 
 
-def _in_part(targets: Tensor, part: slice) -> Tensor:
-    """Indices of the targets whose logit stands in this part of the vocabulary."""
-    inside: Tensor = (targets >= part.start) & (targets < part.stop)
-    return inside.nonzero().squeeze(-1)
-
-
-def _gather(logits: Tensor, source: Tensor, targets: Tensor, part: slice, out: Tensor) -> None:
-    inside = _in_part(targets, part)
-    out[inside] = logits[source[inside], targets[inside] - part.start]
+def _in_part(source: Tensor, targets: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """The targets whose logit stands in this part: their numbers, its rows, its columns."""
+    within: Tensor = targets >= part.start
+    if part.stop is not None:
+        within = within & (targets < part.stop)
+    inside = within.nonzero().squeeze(-1)
+    return inside, source[inside], targets[inside] - part.start
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
@@ -159,7 +185,6 @@ def _log_sum_exp(logits: Tensor) -> Tensor:
 def _to_gradient(
     logits: Tensor,
     log_total: Tensor,
-    row_gradient: Tensor,
     source: Tensor,
     targets: Tensor,
     gradient: Tensor,
@@ -169,8 +194,8 @@ def _to_gradient(
     """Turn logits into the gradient of the head's output, in place: for row n
     `sum_m g_m (onehot(target_m) - softmax_n)` over its targets m, taken back through the form.
     """
-    inside = _in_part(targets, part)
-    hit, column = source[inside], targets[inside] - part.start
+    row_gradient = torch.zeros_like(log_total).index_add_(0, source, gradient)
+    inside, hit, column = _in_part(source, targets, part)
     hit_logits = logits[hit, column]  # the form's derivative there needs them
     for rows in _blocks(logits):
         block = logits[rows]

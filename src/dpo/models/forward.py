@@ -50,11 +50,11 @@ def _run(model: nn.Module, batch: Batch, precision: str) -> Tensor:
 
 
 @contextmanager
-def _embedding_gradient_added_to_the_heads(model: nn.Module) -> Iterator[None]:
+def _sparse_embedding_gradient(model: nn.Module) -> Iterator[None]:
     """Inside, an embedding that shares the head's matrix gives a sparse gradient.
 
-    The head's gradient of that matrix is dense and comes first in a backward pass; a sparse one is
-    added to its few rows in place, where a dense one would be another matrix of zeros.
+    The head's gradient of that matrix is dense; what is added to it are the few rows that were
+    looked up, where a dense gradient would be another matrix, of zeros mostly.
     """
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
@@ -82,7 +82,7 @@ def head_inputs(model: nn.Module, batch: Batch, *, precision: str = "fp32") -> T
         found.append(at_least_float32(hidden[_index(batch.row), _index(batch.column)]))
         return hidden.new_zeros(1, 1, 1)  # the logits of nothing
 
-    with _head_replaced(model, keep), _embedding_gradient_added_to_the_heads(model):
+    with _head_replaced(model, keep), _sparse_embedding_gradient(model):
         _run(model, batch, precision)
     return found[0]
 
