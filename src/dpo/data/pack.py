@@ -81,8 +81,8 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
     start = 0
     for members in group_by_prompt(sequences).values():
         inputs = [sequences[i].ids[:-1] for i in members]
-        stem = _common_length(inputs)
-        tree = Tree(stem, tuple(len(tokens) - stem for tokens in inputs))
+        tree = _tree(inputs)
+        stem = tree.stem
         ids.append(inputs[0][:stem])
         positions.append(np.arange(stem))
         branch_start = start + stem
@@ -122,6 +122,11 @@ def group_by_prompt(sequences: Sequence[TokenSequence]) -> dict[tuple[int, ...],
     return groups
 
 
+def _tree(inputs: Sequence[tuple[int, ...]]) -> Tree:
+    stem = _common_length(inputs)
+    return Tree(stem, tuple(len(tokens) - stem for tokens in inputs))
+
+
 def _common_length(inputs: Sequence[tuple[int, ...]]) -> int:
     """How many tokens all inputs begin with: as many as the first and the last in order do."""
     first, last = min(inputs), max(inputs)
@@ -138,12 +143,8 @@ def packed_tokens(sequences: Sequence[TokenSequence]) -> int:
     >>> packed_tokens(pair)  # 5 6 7, then nothing, then 8 9
     5
     """
-    total = 0
-    for members in group_by_prompt(sequences).values():
-        inputs = [sequences[i].ids[:-1] for i in members]
-        stem = _common_length(inputs)
-        total += stem + sum(len(tokens) - stem for tokens in inputs)
-    return total
+    groups = group_by_prompt(sequences).values()
+    return sum(_tree([sequences[i].ids[:-1] for i in members]).num_tokens for members in groups)
 
 
 def packed_groups(sequences: Sequence[TokenSequence], *, max_tokens: int) -> list[list[int]]:

@@ -22,7 +22,7 @@ def precision_context(precision: str, device: torch.device) -> AbstractContextMa
 
 
 @contextmanager
-def _head_replaced(model: nn.Module, replacement: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def head_replaced(model: nn.Module, replacement: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, the model calls `replacement(hidden)` in place of its output head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     replaced = vars(head).get("forward")  # accelerate replaces it, say
@@ -33,6 +33,18 @@ def _head_replaced(model: nn.Module, replacement: Callable[[Tensor], Tensor]) ->
         del head.forward
         if replaced is not None:
             head.forward = replaced
+
+
+def float32_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model's head as it is now, working in at least float32 whatever is around it."""
+    forward = model.get_output_embeddings().forward  # type: ignore[operator]
+
+    def logits_of(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits: Tensor = forward(at_least_float32(hidden))
+            return logits
+
+    return logits_of
 
 
 def _run(model: nn.Module, batch: Batch, precision: str) -> Tensor:
@@ -82,7 +94,7 @@ def head_inputs(model: nn.Module, batch: Batch, *, precision: str = "fp32") -> T
         found.append(at_least_float32(hidden[_index(batch.row), _index(batch.column)]))
         return hidden.new_zeros(1, 1, 1)  # the logits of nothing
 
-    with _head_replaced(model, keep), _sparse_embedding_gradient(model):
+    with head_replaced(model, keep), _sparse_embedding_gradient(model):
         _run(model, batch, precision)
     return found[0]
 
@@ -93,15 +105,12 @@ def selected_logits(model: nn.Module, batch: Batch, *, precision: str = "fp32") 
     The head works in float32 whatever the precision of the trunk, and what the model does after
     it (scaling, soft cap) stays in place.
     """
-    forward = model.get_output_embeddings().forward  # type: ignore[operator]
+    head = float32_head(model)
 
     def selected(hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows = at_least_float32(hidden[_index(batch.row), _index(batch.column)])
-            logits: Tensor = forward(rows).unsqueeze(0)
-            return logits
+        return head(hidden[_index(batch.row), _index(batch.column)]).unsqueeze(0)
 
-    with _head_replaced(model, selected):
+    with head_replaced(model, selected):
         return at_least_float32(_run(model, batch, precision).squeeze(0))
 
 

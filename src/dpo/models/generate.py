@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dpo.core.logps import at_least_float32
 from dpo.errors import DivergedError, InputError
-from dpo.models.forward import precision_context
+from dpo.models.forward import float32_head, head_replaced, precision_context
 from dpo.models.load import max_positions
 
 SHRINK_AT = 1 / 8
@@ -229,21 +229,9 @@ def _last_position_only(model: nn.Module) -> Iterator[None]:
     As in scoring: prompt positions predict nothing that is needed, and logits rounded to bfloat16
     would be another distribution than the one that is scored.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    forward, replaced = head.forward, vars(head).get("forward")  # accelerate replaces it, say
-
-    def last(hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits: Tensor = forward(at_least_float32(hidden[:, -1:]))
-            return logits
-
-    head.forward = last
-    try:
+    head = float32_head(model)
+    with head_replaced(model, lambda hidden: head(hidden[:, -1:])):
         yield
-    finally:
-        del head.forward
-        if replaced is not None:
-            head.forward = replaced
 
 
 def has_plain_cache(model: nn.Module, token: int) -> bool:
