@@ -208,9 +208,13 @@ def no_weights(monkeypatch):
     def forbidden(*arguments, **options):
         pytest.fail("weights were read")
 
-    from dpo.train import jobs
+    from dpo.train import session
 
-    for module, name in ((jobs, "load_model"), (jobs, "load_tokenizer"), (jobs, "fresh_gpt2")):
+    for module, name in (
+        (session, "load_model"),
+        (session, "load_tokenizer"),
+        (session, "fresh_gpt2"),
+    ):
         monkeypatch.setattr(module, name, forbidden)
     for loader in (load.AutoModelForCausalLM, load.AutoTokenizer, load.AutoConfig):
         monkeypatch.setattr(loader, "from_pretrained", forbidden)

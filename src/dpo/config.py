@@ -171,15 +171,13 @@ class PreferenceEvaluation(EvaluationDuringTraining):
     kl_samples: Count = Field(1, description="Samples per prompt for the KL.")
 
 
-class TrainingConfig(Section):
+class RunConfig(Section):
     """What every training command takes."""
 
     model: Annotated[ModelConfig, BeforeValidator(shorthand)]
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
     out: str = Field(description="The run directory.")
     seed: Seed = Field(0, description="Order of the rows, dropout, samples.")
-    epochs: Positive = Field(1.0, description="Passes over the training rows.")
-    max_steps: Count | None = Field(None, description="Optimizer steps instead of epochs.")
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: matrix products only.")
@@ -189,6 +187,13 @@ class TrainingConfig(Section):
     )
     evaluation: EvaluationDuringTraining = EvaluationDuringTraining()
     save_every: Every = Field("epoch", description="'epoch', or steps.")
+
+
+class TrainingConfig(RunConfig):
+    """Training on given rows, several times over if asked."""
+
+    epochs: Positive = Field(1.0, description="Passes over the training rows.")
+    max_steps: Count | None = Field(None, description="Optimizer steps instead of epochs.")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:

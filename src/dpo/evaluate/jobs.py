@@ -28,7 +28,6 @@ from dpo.evaluate.winrate import (
 )
 from dpo.models.load import find_model, max_positions
 from dpo.progress import counting
-from dpo.train.jobs import open_policy
 from dpo.train.prepare import (
     SplitData,
     choose_template,
@@ -37,6 +36,7 @@ from dpo.train.prepare import (
     seeded_choice,
 )
 from dpo.train.run import load_train_prompts
+from dpo.train.session import open_policy
 
 log = logging.getLogger("dpo")
 

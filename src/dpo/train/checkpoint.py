@@ -20,6 +20,7 @@ from dpo.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
 COMPANION = "companion.safetensors"
+METHOD = "method.safetensors"
 NUM_KEPT = 2
 
 log = logging.getLogger("dpo")
@@ -44,6 +45,7 @@ def save(
     state: dict[str, Any],
     *,
     companion: nn.Module | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `root/step-N` with weights, optimizer and state, and drop all but the newest two.
 
@@ -55,6 +57,7 @@ def save(
         optimizer: AdamW over the policy's parameters.
         state: JSON; must hold `step`, the number of optimizer steps taken.
         companion: another model that changes while training: a moving reference.
+        tensors: what the method carries from step to step: samples that it still trains on.
     """
     folder = root / f"step-{int(state['step']):08d}"
     with replace_folder(folder) as temporary:
@@ -62,6 +65,8 @@ def save(
         save_file(_optimizer_tensors(policy, optimizer), temporary / "optimizer.safetensors")
         if companion is not None:
             save_file(_weights(companion), temporary / COMPANION)
+        if tensors:
+            save_file(tensors, temporary / METHOD)
         write_json(temporary / "state.json", state)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)}
@@ -142,6 +147,12 @@ def restore(
             optimizer.state[parameter] = {
                 key.rpartition("/")[2]: saved[key].to(parameter.device) for key in keys
             }
+
+
+def method_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What the method carried, empty where it carried nothing."""
+    file = checkpoint.folder / METHOD
+    return load_file(file) if file.is_file() else {}
 
 
 def _put_back(model: nn.Module, file: Path) -> None:

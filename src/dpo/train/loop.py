@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.atomic import replace_folder
-from dpo.config import TrainingConfig
+from dpo.config import RunConfig, TrainingConfig
 from dpo.data.order import batch_rows, split_by_tokens, steps_per_epoch
 from dpo.errors import DivergedError, Stopped
 from dpo.models.recompute import recompute_without_dropout
@@ -47,9 +47,18 @@ class BatchResult:
 class Method(Protocol):
     """What the loop needs to know of a training method."""
 
-    @property
-    def num_rows(self) -> int:
-        """How many training rows there are."""
+    def num_steps(self, config: RunConfig) -> int:
+        """Optimizer steps of the whole run."""
+        ...
+
+    def steps_per_pass(self, config: RunConfig) -> int:
+        """Optimizer steps from one "epoch" to the next, in the configuration's word."""
+        ...
+
+    def rows(self, policy: nn.Module, step: int, config: RunConfig) -> list[int]:
+        """The rows of optimizer step `step`, counted from 0. Called before every step, in order,
+        so that a method whose rows are samples of the policy can draw them here.
+        """
         ...
 
     def num_tokens(self, row: int) -> int:
@@ -89,7 +98,11 @@ class Method(Protocol):
         """JSON that a checkpoint must hold, beside weights and optimizer, to go on exactly."""
         ...
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that it must hold as well."""
+        ...
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Put such a state back."""
         ...
 
@@ -99,7 +112,26 @@ class Method(Protocol):
 
 
 class PlainMethod:
-    """A method that carries nothing from step to step."""
+    """A method that goes through given rows in their seeded order, and carries nothing from step
+    to step.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """How many training rows there are."""
+        raise NotImplementedError
+
+    def num_steps(self, config: RunConfig) -> int:
+        assert isinstance(config, TrainingConfig)
+        return total_steps(config, self.num_rows)
+
+    def steps_per_pass(self, config: RunConfig) -> int:
+        return steps_per_epoch(self.num_rows, config.batch.size)
+
+    def rows(self, policy: nn.Module, step: int, config: RunConfig) -> list[int]:
+        return batch_rows(
+            step, num_rows=self.num_rows, batch_size=config.batch.size, seed=config.seed
+        )
 
     @property
     def whole_batch(self) -> bool:
@@ -111,7 +143,10 @@ class PlainMethod:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         pass
 
     def companion(self) -> nn.Module | None:
@@ -169,7 +204,7 @@ def total_steps(config: TrainingConfig, num_rows: int) -> int:
     return max(1, math.ceil(config.epochs * steps_per_epoch(num_rows, config.batch.size)))
 
 
-def fit(method: Method, policy: nn.Module, config: TrainingConfig, run: Run) -> None:
+def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
     """Train the policy, from the newest checkpoint where there is one, and write `model/`.
 
     Equal to one uninterrupted run bit for bit, wherever it was stopped: a step depends on the
@@ -190,8 +225,8 @@ def fit(method: Method, policy: nn.Module, config: TrainingConfig, run: Run) -> 
         weight_decay=settings.weight_decay,
     )
     progression = _resume(method, policy, optimizer, run)
-    total = total_steps(config, method.num_rows)
-    every = steps_per_epoch(method.num_rows, config.batch.size)
+    total = method.num_steps(config)
+    every = method.steps_per_pass(config)
     evaluate_every = every if config.evaluation.every == "epoch" else config.evaluation.every
     save_every = every if config.save_every == "epoch" else config.save_every
 
@@ -240,7 +275,7 @@ def training_step(
     method: Method,
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
+    config: RunConfig,
     *,
     step: int,
 ) -> dict[str, float]:
@@ -251,9 +286,7 @@ def training_step(
     large batch whatever the lengths, and the short last batch of an epoch is scaled by its own
     size.
     """
-    rows = batch_rows(
-        step, num_rows=method.num_rows, batch_size=config.batch.size, seed=config.seed
-    )
+    rows = method.rows(policy, step, config)
     weight = method.weight(rows)
     costs = [method.num_tokens(row) for row in rows]
     policy.train(config.dropout)
@@ -276,7 +309,7 @@ def training_step(
             sums[name] = sums.get(name, 0.0) + value / weight
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
     _check_finite(method, rows, step=step, loss=loss, gradient_norm=norm.item())
-    rate = _set_learning_rate(optimizer, config, step, total_steps(config, method.num_rows))
+    rate = _set_learning_rate(optimizer, config, step, method.num_steps(config))
     optimizer.step()
     return {
         "loss": loss,
@@ -326,7 +359,7 @@ def _check_finite(
 
 
 def _set_learning_rate(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int, total: int
+    optimizer: torch.optim.Optimizer, config: RunConfig, step: int, total: int
 ) -> float:
     rate = learning_rate(
         step,
@@ -349,7 +382,7 @@ def _resume(
         run.forget_after(-1)
         return Progression()
     checkpoint.restore(found, policy, optimizer, companion=method.companion())
-    method.restore(found.state.get("method", {}))
+    method.restore(found.state.get("method", {}), checkpoint.method_tensors(found))
     run.forget_after(found.step)
     log.info("Going on from step %d (%s).", found.step, found.folder)
     return Progression.from_state(found.state)
@@ -370,7 +403,14 @@ def _save(
             )
     run.checkpoints.mkdir(exist_ok=True)
     state = progression.as_state() | {"method": method.state()}
-    checkpoint.save(run.checkpoints, policy, optimizer, state, companion=method.companion())
+    checkpoint.save(
+        run.checkpoints,
+        policy,
+        optimizer,
+        state,
+        companion=method.companion(),
+        tensors=method.tensors(),
+    )
 
 
 def _evaluate(

@@ -165,7 +165,7 @@ class PreferenceMethod(PlainMethod):
     def state(self) -> dict[str, Any]:
         return {"running": self.objective.state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.objective.restore(state["running"])
 
     def describe(self, row: int) -> str:

@@ -1,0 +1,231 @@
+"""What every training job does before and after `fit`: open the models, claim the run directory,
+write models and samples.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dpo import atomic
+from dpo.config import ModelConfig, RunConfig
+from dpo.data.prompts import PromptTemplate, as_text, load_template
+from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, UnpairedRow
+from dpo.data.split import prompt_digest
+from dpo.data.tokenize import Encoder
+from dpo.models.export import model_card, save_pretrained
+from dpo.models.fresh import fresh_gpt2, train_tokenizer
+from dpo.models.generate import generate
+from dpo.models.load import (
+    check_fit,
+    find_model,
+    find_tokenizer,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    pick_device,
+    weights_digest,
+)
+from dpo.train.prepare import (
+    SplitData,
+    choose_template,
+    encode_prompts,
+    make_encoder,
+    seeded_choice,
+)
+from dpo.train.run import Run, load_train_prompts, open_run
+
+log = logging.getLogger("dpo")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model that training starts from, with its tokenizer and the template it was trained
+    with.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    template: PromptTemplate | None
+    name: str
+
+
+def open_policy(
+    config: ModelConfig, texts: Sequence[str], seed: int, trust_remote_code: bool
+) -> Policy:
+    """Load a model, or make a fresh one with a tokenizer learnt from the texts.
+
+    Raises:
+        InputError: there is no such model, or the tokenizer does not fit it.
+    """
+    if config.fresh is not None:
+        shape = config.fresh.model_dump(exclude={"vocab_size"})
+        tokenizer = train_tokenizer(texts, vocab_size=config.fresh.vocab_size)
+        model = fresh_gpt2(**shape, tokenizer=tokenizer, seed=seed)
+        return Policy(model.to(pick_device()), tokenizer, None, "fresh GPT-2")
+    assert config.path is not None
+    source = find_model(config.path, revision=config.revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(
+        source
+        if config.tokenizer is None
+        else find_tokenizer(config.tokenizer, trust_remote_code=trust_remote_code)
+    )
+    model = load_model(source)
+    check_fit(model, tokenizer, name=config.path)
+    template = load_template(Path(source.path)) if source.local else None
+    return Policy(model.to(pick_device()), tokenizer, template, config.path)
+
+
+def make_run_encoder(config: RunConfig, policy: Policy, data: SplitData[Any]) -> Encoder:
+    """The encoder of the run, with its one template."""
+    template = choose_template(
+        config.data.template,
+        policy.template,
+        shape=data.shape,
+        conversational=data.conversational,
+    )
+    return make_encoder(
+        policy.tokenizer,
+        template,
+        max_length=config.data.max_length,
+        positions=max_positions(policy.model),
+    )
+
+
+def prompts_seen(config: RunConfig, data: SplitData[Any]) -> set[int]:
+    """Digests of the prompts of this run and of the runs that its model comes from."""
+    before = load_train_prompts(Path(config.model.path).expanduser()) if config.model.path else None
+    return (before or set()) | {prompt_digest(row.prompt) for row in data.train}
+
+
+@contextmanager
+def opened_run(
+    config: RunConfig,
+    data: SplitData[Any],
+    policy: Policy,
+    encoder: Encoder,
+    *,
+    command: str,
+    **digests: str,
+) -> Iterator[Run]:
+    """The run directory, locked, with everything that decides its result written down."""
+    identity = {
+        "command": command,
+        **config.model_dump(mode="json", exclude={"out"}),
+        "resolved": {
+            "template": {"name": encoder.template.name, "text": encoder.template.text},
+            "max_length": encoder.max_length,
+            "data_sha256": data.sha256,
+            "model_sha256": weights_digest(policy.model),
+            **digests,
+        },
+    }
+    run = open_run(Path(config.out), identity)
+    if run.finished:
+        log.info("%s is finished; nothing to do.", run.folder)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def model_saver(
+    config: RunConfig, policy: Policy, encoder: Encoder, method: str
+) -> Callable[[nn.Module, Path], None]:
+    """How the run writes its model folders."""
+    settings = json.dumps(config.model_dump(mode="json", exclude={"out"}), indent=2)
+    data = config.data.path if isinstance(config.data.path, str) else ", ".join(config.data.path)
+    card = model_card(
+        title=Path(config.out).name,
+        base=Path(policy.name).name if Path(policy.name).is_absolute() else policy.name,
+        data=Path(data).name if Path(data).is_absolute() else data,
+        template=encoder.template,
+        method=method,
+        settings=settings,
+    )
+
+    def save(model: nn.Module, folder: Path) -> None:
+        save_pretrained(
+            model,
+            policy.tokenizer,
+            encoder.template,
+            folder,
+            card=card,
+            stop_ids=encoder.stop_ids,
+        )
+
+    return save
+
+
+def choose_held_out(rows: Sequence[Any], config: RunConfig) -> list[Any]:
+    """The held-out rows that are used while training."""
+    return [rows[i] for i in seeded_choice(len(rows), config.evaluation.max_rows, seed=config.seed)]
+
+
+def distinct_prompts(rows: Sequence[Any], most: int, seed: int) -> list[Any]:
+    """At most `most` different prompts of the rows."""
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    return [prompts[i] for i in seeded_choice(len(prompts), most, seed=seed)]
+
+
+def _given(row: Row) -> dict[str, Any]:
+    """What the data has for a prompt."""
+    match row:
+        case PreferenceRow():
+            return {"chosen": row.chosen, "rejected": row.rejected}
+        case RankedRow():
+            return {"responses": row.responses}
+        case UnpairedRow():
+            return {"completion": row.completion, "label": row.label}
+        case DemonstrationRow():
+            return {"response": row.response}
+
+
+def write_samples(
+    policy: Policy,
+    encoder: Encoder,
+    held_out: Sequence[Any],
+    config: RunConfig,
+    run: Run,
+) -> None:
+    """Generations on held-out prompts, beside what the data has, in `samples/final.jsonl`."""
+    settings = config.evaluation
+    if settings.num_samples == 0:
+        return
+    first: dict[Any, Any] = {row.prompt: row for row in reversed(held_out)}
+    prompts = distinct_prompts(held_out, settings.num_samples, config.seed)
+    responses = generate(
+        policy.model,
+        encode_prompts(
+            encoder,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            positions=max_positions(policy.model),
+        ),
+        keys=[f"sample/{i}" for i in range(len(prompts))],
+        temperature=settings.sample_temperature,
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=encoder.stop_ids,
+        seed=config.seed,
+        precision=config.precision,
+    )
+    lines = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        row = first[prompt]
+        given = _given(row)
+        line = {
+            "prompt": as_text(prompt),
+            "generated": encoder.decode(response.ids),
+            "truncated": response.truncated,
+            **given,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False))
+    (run.folder / "samples").mkdir(exist_ok=True)
+    atomic.write_text(run.folder / "samples" / "final.jsonl", "\n".join(lines) + "\n")
