@@ -298,6 +298,13 @@ class NLLLossConfig(LossSection):
     name: Literal["nll"] = "nll"
 
 
+class UnlikelihoodLossConfig(LossSection):
+    """Unlikelihood (a baseline of Rafailov et al. 2023, arXiv:2305.18290)."""
+
+    name: Literal["unlikelihood"] = "unlikelihood"
+    alpha: float = Field(1.0, gt=0, le=1, description="Weight of the rejected response.")
+
+
 class SimPOLossConfig(LossSection):
     """SimPO (Meng et al. 2024, arXiv:2405.14734)."""
 
@@ -477,6 +484,7 @@ PairLossConfig = (
     | RPOLossConfig
     | AlphaDPOLossConfig
     | NLLLossConfig
+    | UnlikelihoodLossConfig
     | SimPOLossConfig
     | CPOLossConfig
     | ORPOLossConfig
@@ -500,7 +508,7 @@ LOSS_CONFIGS: dict[str, type[LossSection]] = {
 OPTION_KEYS = sorted({f"loss.{o}" for c in LOSS_CONFIGS.values() for o in c.option_names()})
 """The options of all losses, as dotted keys."""
 
-REFERENCE_FREE = frozenset({"nll", "simpo", "cpo", "orpo", "alpha_po", "slic"})
+REFERENCE_FREE = frozenset({"nll", "unlikelihood", "simpo", "cpo", "orpo", "alpha_po", "slic"})
 """Losses that load no reference model."""
 
 

@@ -182,6 +182,10 @@ def nll(x: Pair, o: Pair, fixed: Pair) -> float:
     return -per_token(x, "policy", "chosen")
 
 
+def unlikelihood(x: Pair, o: Pair, fixed: Pair) -> float:
+    return -x["policy_chosen_logps"] + o["alpha"] * x["policy_rejected_logps"]
+
+
 def simpo(x: Pair, o: Pair, fixed: Pair) -> float:
     gap = per_token(x, "policy", "chosen") - per_token(x, "policy", "rejected")
     return minus_log_sigmoid(o["beta"] * gap - o["gamma"])
@@ -295,6 +299,7 @@ OF_A_PAIR: dict[str, Callable[[Pair, Pair, Pair], float]] = {
         rpo,
         alpha_dpo,
         nll,
+        unlikelihood,
         simpo,
         cpo,
         orpo,

@@ -103,6 +103,7 @@ CASES = [
     Case("rpo", {"beta": 0.7, "reward_scale": 1.3, "divergence": "squared"}, swap="invariant"),
     Case("alpha_dpo", {"beta": 2.0, "gamma": 0.6, "alpha": 0.2}),
     Case("nll", {}),
+    Case("unlikelihood", {"alpha": 0.6}),
     Case("simpo", {"beta": 2.0, "gamma": 0.6}),
     Case("simpo", {"beta": 2.0, "gamma": 0.0}, swap="complement"),
     Case("cpo", {"beta": 0.3, "nll_weight": 0.5}),
@@ -240,7 +241,7 @@ def test_reference_free_losses_are_those_without_a_reference_tensor() -> None:
     free = {
         loss.name for loss in LOSSES.values() if loss.kind == "pair" and not needs_reference(loss)
     }
-    assert free == {"nll", "simpo", "cpo", "orpo", "alpha_po", "slic"}
+    assert free == {"nll", "unlikelihood", "simpo", "cpo", "orpo", "alpha_po", "slic"}
 
 
 @every_case

@@ -250,6 +250,14 @@ LOSSES: dict[str, Loss] = {
             "Imitates the chosen responses; a term for mixtures (DPO + NLL).",
         ),
         Loss(
+            "unlikelihood",
+            reference_free.unlikelihood,
+            "pair",
+            "−ℓ_w + αℓ_l",
+            "Rafailov et al. 2023, Section 6, arXiv:2305.18290",
+            "DPO's directions without its weight: unbounded, degenerates; a baseline.",
+        ),
+        Loss(
             "simpo",
             reference_free.simpo,
             "pair",

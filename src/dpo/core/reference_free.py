@@ -29,6 +29,24 @@ def nll(policy_chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
     return -policy_chosen_logps / chosen_lengths
 
 
+def unlikelihood(
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, *, alpha: float
+) -> Tensor:
+    """Unlikelihood, (B,): the chosen response likelier, the rejected one less likely; nats.
+
+        loss = -l_w + alpha l_l
+
+    A baseline of Rafailov et al. 2023 (arXiv:2305.18290), Section 6, after Welleck et al. 2019
+    (arXiv:1908.04319), whose own loss is -log(1 - p) of single tokens. Its gradient is DPO's
+    without the weight `beta sigmoid(-u)` (when alpha is 1): nothing tells it that a pair is learnt,
+    so it has no lower bound, and trained for long it takes the policy apart. TRL has no such loss.
+
+    >>> unlikelihood(torch.tensor([-6.0]), torch.tensor([-9.0]), alpha=0.5).item()
+    1.5
+    """
+    return alpha * policy_rejected_logps - policy_chosen_logps
+
+
 def simpo(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
