@@ -166,7 +166,10 @@ class PreferenceEvaluation(EvaluationDuringTraining):
     """The same, and how far the policy has moved from the reference."""
 
     kl_prompts: int = Field(
-        64, ge=0, description="Held-out prompts sampled for KL(policy || reference); 0: none."
+        64,
+        ge=0,
+        description="Held-out prompts sampled for KL(policy || reference); 0: none. A loss without "
+        "a reference is compared with the model it starts from, if this is given.",
     )
     kl_samples: Count = Field(1, description="Samples per prompt for the KL.")
 
@@ -244,11 +247,17 @@ class PreferenceConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _no_reference_without_use(self) -> PreferenceConfig:
-        if not takes_reference(self.loss):
-            for name in ("reference", "moving_reference"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: has no effect, {self.loss.name} takes no reference")
+        unused = {"moving_reference": takes_reference(self.loss), "reference": self.opens_reference}
+        for name, used in unused.items():
+            if getattr(self, name) is not None and not used:
+                raise ValueError(f"{name}: has no effect, {self.loss.name} takes no reference")
         return self
+
+    @property
+    def opens_reference(self) -> bool:
+        """Whether a reference is read: the loss takes one, or the KL to it is asked for."""
+        asked = "kl_prompts" in self.evaluation.model_fields_set and self.evaluation.kl_prompts > 0
+        return takes_reference(self.loss) or asked
 
 
 class SentenceConfig(Section):

@@ -61,7 +61,7 @@ def preference_method(
         loss_config=config,
         precision="fp32",
         max_tokens=max_tokens,
-        kl=None,
+        on_policy=None,
         save=_refuse,
     )
 

@@ -122,7 +122,7 @@ def test_metrics_have_the_promised_keys_and_finite_numbers():
         "logps/rejected_change",
     }
     always = {"step", "epoch", "eval/loss", "eval/seconds"}
-    kl = {"eval/kl", "eval/kl_stderr", "eval/kl_truncated", "eval/sample_tokens"}
+    kl = {"eval/kl", "eval/kl_stderr", "eval/truncated", "eval/sample_tokens"}
     expected = {
         "sft": (every_step, always | {"eval/perplexity"}),
         "dpo": (every_step | pairs, always | kl | {f"eval/{name}" for name in pairs}),

@@ -59,7 +59,7 @@ def dpo_method(start, max_tokens=4096, precision="fp32", smoothing=0.0):
         loss_config=DPOLossConfig(beta=0.5, label_smoothing=smoothing),
         precision=precision,
         max_tokens=max_tokens,
-        kl=None,
+        on_policy=None,
         save=lambda model, to: None,
     )
 

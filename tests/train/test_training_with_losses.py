@@ -90,6 +90,24 @@ def test_every_loss_trains_on_its_kind_of_rows_and_its_held_out_loss_falls(
     assert free == (not make_objective(config.loss).needs_reference)
 
 
+def test_a_loss_without_a_reference_is_compared_with_its_start_only_where_that_is_asked_for(
+    rows, tmp_path: Path
+) -> None:
+    found = {}
+    for name, more in (("asked", {"evaluation.kl_prompts": 3}), ("not asked", {})):
+        config = config_of(tmp_path / name, rows["pair"], {"loss": {"name": "simpo"}} | more)
+        assert dpo("train", *words_of(config)).code == 0
+        found[name] = [row for row in read_metrics(tmp_path / name) if "eval/loss" in row]
+    before, after = found["asked"]
+    assert before["eval/kl"] == pytest.approx(0, abs=1e-6)
+    assert after["eval/kl"] > 1e-3
+    assert not any("eval/kl" in row for row in found["not asked"])
+    losses = [[row["eval/loss"] for row in found[name]] for name in found]
+    assert losses[0] == losses[1]
+    by_default = {"model": "m", "out": "o", "loss": {"name": "simpo"}}
+    assert not validate(PreferenceConfig, by_default).opens_reference
+
+
 @pytest.mark.parametrize(
     "loss",
     [

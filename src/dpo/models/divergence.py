@@ -12,7 +12,7 @@ from torch import nn
 
 from dpo.core.logps import sum_per_sequence, token_kl
 from dpo.data.tokenize import TokenSequence
-from dpo.models.generate import generate
+from dpo.models.generate import SampledResponse, generate
 from dpo.models.scoring import MAX_LOGIT_BYTES, score_groups, scored_logits
 
 
@@ -52,6 +52,79 @@ def sequence_kl(
     return sums
 
 
+def sample_on_policy(
+    policy: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    samples_per_prompt: int = 1,
+    seed: int = 0,
+    precision: str = "fp32",
+) -> list[SampledResponse]:
+    """The policy's own responses at temperature 1, (P * samples_per_prompt,), prompt after prompt.
+
+    Args:
+        prompts: token ids of each prompt.
+        stop_ids: tokens that end a response.
+    """
+    pairs = [(i, s) for i in range(len(prompts)) for s in range(samples_per_prompt)]
+    return generate(
+        policy,
+        [prompts[i] for i, _ in pairs],
+        keys=[f"kl/{i}/{s}" for i, s in pairs],
+        temperature=1.0,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        seed=seed,
+        precision=precision,
+    )
+
+
+def kl_of_samples(
+    policy: nn.Module,
+    reference: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    samples: Sequence[SampledResponse],
+    *,
+    stop_ids: Sequence[int],
+    max_tokens: int = 16_384,
+    precision: str = "fp32",
+) -> KLEstimate:
+    """`KL(pi || pi_ref)` from the policy's own samples (`sample_on_policy`), as many to each
+    prompt; see `on_policy_kl`.
+    """
+    per_prompt = len(samples) // len(prompts)
+    of_sample = [prompt for prompt in prompts for _ in range(per_prompt)]
+    sequences = [
+        TokenSequence(
+            (*prompt, *sample.ids, *(() if sample.truncated else (stop_ids[0],))), len(prompt)
+        )
+        for prompt, sample in zip(of_sample, samples, strict=True)
+    ]
+    kl = sequence_kl(policy, reference, sequences, max_tokens=max_tokens, precision=precision)
+    mean, stderr = mean_over_prompts(kl, num_prompts=len(prompts))
+    return KLEstimate(
+        mean=mean,
+        stderr=stderr,
+        num_prompts=len(prompts),
+        num_samples=len(samples),
+        truncated=sum(sample.truncated for sample in samples) / len(samples),
+        tokens=sum(s.num_scored for s in sequences) / len(sequences),
+    )
+
+
+def mean_over_prompts(
+    values: np.ndarray[tuple[int], np.dtype[np.float64]], *, num_prompts: int
+) -> tuple[float, float]:
+    """Mean of values (P * samples,), prompt after prompt, and its standard error over prompts: the
+    samples of one prompt are not independent.
+    """
+    per_prompt = values.reshape(num_prompts, -1).mean(axis=1)
+    spread = per_prompt.std(ddof=1) if num_prompts > 1 else math.nan
+    return float(per_prompt.mean()), float(spread / math.sqrt(num_prompts))
+
+
 def on_policy_kl(
     policy: nn.Module,
     reference: nn.Module,
@@ -77,32 +150,21 @@ def on_policy_kl(
         prompts: token ids of each prompt.
         stop_ids: tokens that end a response; the first that comes is scored.
     """
-    pairs = [(i, s) for i in range(len(prompts)) for s in range(samples_per_prompt)]
-    samples = generate(
+    samples = sample_on_policy(
         policy,
-        [prompts[i] for i, _ in pairs],
-        keys=[f"kl/{i}/{s}" for i, s in pairs],
-        temperature=1.0,
-        max_new_tokens=max_new_tokens,
+        prompts,
         stop_ids=stop_ids,
+        max_new_tokens=max_new_tokens,
+        samples_per_prompt=samples_per_prompt,
         seed=seed,
         precision=precision,
     )
-    sequences = [
-        TokenSequence(
-            (*prompts[i], *sample.ids, *(() if sample.truncated else (stop_ids[0],))),
-            len(prompts[i]),
-        )
-        for (i, _), sample in zip(pairs, samples, strict=True)
-    ]
-    kl = sequence_kl(policy, reference, sequences, max_tokens=max_tokens, precision=precision)
-    per_prompt = kl.reshape(len(prompts), samples_per_prompt).mean(axis=1)
-    spread = per_prompt.std(ddof=1) if len(prompts) > 1 else math.nan
-    return KLEstimate(
-        mean=float(per_prompt.mean()),
-        stderr=float(spread / math.sqrt(len(prompts))),
-        num_prompts=len(prompts),
-        num_samples=len(samples),
-        truncated=sum(sample.truncated for sample in samples) / len(samples),
-        tokens=sum(s.num_scored for s in sequences) / len(sequences),
+    return kl_of_samples(
+        policy,
+        reference,
+        prompts,
+        samples,
+        stop_ids=stop_ids,
+        max_tokens=max_tokens,
+        precision=precision,
     )

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from dpo.config import DataConfig, PreferenceConfig, SFTConfig
 from dpo.data.prompts import as_text
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
-from dpo.models.divergence import KLEstimate, on_policy_kl
 from dpo.models.load import max_positions, weights_digest
 from dpo.models.recompute import enable_recomputation
 from dpo.progress import counting
 from dpo.train.encoded import KINDS
 from dpo.train.loop import fit
 from dpo.train.objective import Objective, check_scores, make_objective
+from dpo.train.on_policy import OnPolicyEvaluation
 from dpo.train.preference import PreferenceMethod
 from dpo.train.prepare import (
     SplitData,
@@ -98,7 +96,7 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
         enable_recomputation(policy.model)
     encoder = make_run_encoder(config, policy, data)
     reference, digests = None, {}
-    if objective.needs_reference:
+    if config.opens_reference:
         # It is read apart from the policy: training cannot touch it.
         named = config.reference or config.model
         reference = open_policy(named, [], config.seed, trust_remote_code)
@@ -135,18 +133,21 @@ def _preference_method(
     reference: Policy | None,
     encoder: Encoder,
 ) -> PreferenceMethod:
-    """Encode both sides and score them under the reference, once, unless it moves."""
+    """Encode both sides and score them under the reference, once, where the loss takes one that
+    stays.
+    """
     held_out = choose_held_out(data.test, config)
     kind, most = KINDS[objective.kind], config.data.max_dropped
     train = kind.encode(encoder, data.train, max_dropped=most, what="training rows")
     test = kind.encode(encoder, held_out, max_dropped=most, what="held-out rows")
     train_logps = test_logps = None
-    if reference is not None and config.moving_reference is None:
+    in_loss = reference if objective.needs_reference else None
+    if in_loss is not None and config.moving_reference is None:
         of_train = kind.sequences(train)
         sequences = [*of_train, *kind.sequences(test)]
         with counting("Reference log-probabilities", len(sequences)) as advance:
             logps, cached = reference_logps(
-                reference.model,
+                in_loss.model,
                 sequences,
                 precision=config.precision,
                 max_tokens=config.batch.max_tokens,
@@ -163,9 +164,9 @@ def _preference_method(
         precision=config.precision,
         max_tokens=config.batch.max_tokens,
         max_logit_bytes=config.batch.max_logit_mib << 20,
-        kl=None if reference is None else _kl(config, reference, encoder, held_out, policy),
+        on_policy=_on_policy(config, policy, reference, encoder, held_out),
         save=model_saver(config, policy, encoder, LOSS_TITLES.format(config.loss.name)),
-        reference=None if reference is None else reference.model,
+        reference=None if in_loss is None else in_loss.model,
         vocab_size=policy.model.get_output_embeddings().weight.shape[0],  # type: ignore[operator]
         moving=config.moving_reference,
     )
@@ -199,36 +200,32 @@ def _check_same_tokens(policy: Policy, reference: Policy) -> None:
         )
 
 
-def _kl(
+def _on_policy(
     config: PreferenceConfig,
-    reference: Policy,
+    policy: Policy,
+    reference: Policy | None,
     encoder: Encoder,
     held_out: Sequence[Any],
-    policy: Policy,
-) -> Callable[[nn.Module], KLEstimate] | None:
-    """On-policy KL on some held-out prompts, or None where the configuration asks for none."""
+) -> OnPolicyEvaluation | None:
+    """What is sampled of the policy while it trains, or None where there is nothing to measure."""
     settings = config.evaluation
-    if settings.kl_prompts == 0:
+    if reference is None or settings.kl_prompts == 0:
         return None
     prompts = distinct_prompts(held_out, settings.kl_prompts, config.seed)
-    ids = encode_prompts(
-        encoder,
-        prompts,
-        max_new_tokens=settings.max_new_tokens,
-        positions=max_positions(policy.model),
-    )
-
-    def estimate(model: nn.Module) -> KLEstimate:
-        return on_policy_kl(
-            model,
-            reference.model,
-            ids,
-            stop_ids=encoder.stop_ids,
+    return OnPolicyEvaluation(
+        prompts=prompts,
+        ids=encode_prompts(
+            encoder,
+            prompts,
             max_new_tokens=settings.max_new_tokens,
-            samples_per_prompt=settings.kl_samples,
-            seed=config.seed,
-            max_tokens=config.batch.max_tokens,
-            precision=config.precision,
-        )
-
-    return estimate
+            positions=max_positions(policy.model),
+        ),
+        encoder=encoder,
+        reference=reference.model,
+        reward=None,
+        samples_per_prompt=settings.kl_samples,
+        max_new_tokens=settings.max_new_tokens,
+        max_tokens=config.batch.max_tokens,
+        precision=config.precision,
+        seed=config.seed,
+    )

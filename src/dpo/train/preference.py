@@ -18,7 +18,6 @@ from dpo.core.unpaired import kto_reference_point
 from dpo.data.order import split_by_tokens
 from dpo.loss_config import LossConfig
 from dpo.models.distributions import OF_BOTH, OF_POLICY, OF_REFERENCE, along_responses
-from dpo.models.divergence import KLEstimate
 from dpo.models.scoring import MAX_LOGIT_BYTES, response_logps
 from dpo.train.encoded import KINDS, EncodedJudgement, Kind, num_tokens
 from dpo.train.loop import BatchResult, PlainMethod
@@ -43,7 +42,8 @@ class PreferenceMethod(PlainMethod):
     loss_config: LossConfig
     precision: str
     max_tokens: int
-    kl: Callable[[nn.Module], KLEstimate] | None
+    on_policy: Callable[[nn.Module], dict[str, float]] | None
+    """What is measured of the policy's own samples, if anything."""
     save: Callable[[nn.Module, Path], None]
     max_logit_bytes: int = MAX_LOGIT_BYTES
     reference: nn.Module | None = None
@@ -81,7 +81,9 @@ class PreferenceMethod(PlainMethod):
         return BatchResult(self.objective.training_loss(tensors, seed=seed), sums)
 
     def evaluate(self, policy: nn.Module) -> dict[str, float]:
-        """Held-out loss, rewards and accuracy, and the on-policy KL with its standard error."""
+        """Held-out loss, rewards and accuracy, and what the policy's own samples
+        show.
+        """
         costs = [num_tokens(row) for row in self.test]
         passes = split_by_tokens(costs, max_tokens=self.max_tokens)
         if self.objective.whole_batch:
@@ -94,11 +96,8 @@ class PreferenceMethod(PlainMethod):
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value.sum().item()
         found = {f"eval/{name}": value / len(self.test) for name, value in sums.items()}
-        if self.kl is not None and math.isfinite(found["eval/loss"]):  # NaN cannot be sampled from
-            estimate = self.kl(policy)
-            found["eval/kl"], found["eval/kl_stderr"] = estimate.mean, estimate.stderr
-            found["eval/kl_truncated"] = estimate.truncated
-            found["eval/sample_tokens"] = estimate.tokens
+        if self.on_policy is not None and math.isfinite(found["eval/loss"]):
+            found |= self.on_policy(policy)  # NaN cannot be sampled from
         return found
 
     def _tensors(

@@ -1,0 +1,77 @@
+"""What a policy's own responses to held-out prompts show: how far it has moved from its reference
+and, where a reward is known, how good they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dpo.data.tokenize import Encoder
+from dpo.models.divergence import kl_of_samples, mean_over_prompts, sample_on_policy
+from dpo.models.generate import SampledResponse
+
+RewardOf = Callable[[Sequence[Any], Sequence[str]], Tensor]
+"""Prompts and responses in; (N,) float64 rewards out."""
+
+
+@dataclass(frozen=True)
+class OnPolicyEvaluation:
+    """Samples at temperature 1 for some held-out prompts, the same random numbers every time, so
+    that two policies differ by what they are and not by their luck.
+    """
+
+    prompts: Sequence[Any]
+    ids: Sequence[Sequence[int]]
+    """The tokens of the prompts."""
+    encoder: Encoder
+    reference: nn.Module | None
+    reward: RewardOf | None
+    samples_per_prompt: int
+    max_new_tokens: int
+    max_tokens: int
+    precision: str
+    seed: int
+
+    def __call__(self, policy: nn.Module) -> dict[str, float]:
+        """`eval/kl` (nats a response) and `eval/reward`, where there is a reference and a reward,
+        each with its standard error over prompts; `eval/truncated`, `eval/sample_tokens`.
+        """
+        samples = sample_on_policy(
+            policy,
+            self.ids,
+            stop_ids=self.encoder.stop_ids,
+            max_new_tokens=self.max_new_tokens,
+            samples_per_prompt=self.samples_per_prompt,
+            seed=self.seed,
+            precision=self.precision,
+        )
+        found = {
+            "eval/truncated": sum(s.truncated for s in samples) / len(samples),
+            "eval/sample_tokens": sum(len(s.ids) + (not s.truncated) for s in samples)
+            / len(samples),
+        }
+        if self.reference is not None:
+            kl = kl_of_samples(
+                policy,
+                self.reference,
+                self.ids,
+                samples,
+                stop_ids=self.encoder.stop_ids,
+                max_tokens=self.max_tokens,
+                precision=self.precision,
+            )
+            found |= {"eval/kl": kl.mean, "eval/kl_stderr": kl.stderr}
+        if self.reward is not None:
+            found |= self._rewards(samples)
+        return found
+
+    def _rewards(self, samples: Sequence[SampledResponse]) -> dict[str, float]:
+        assert self.reward is not None
+        prompts = [p for p in self.prompts for _ in range(self.samples_per_prompt)]
+        rewards = self.reward(prompts, [self.encoder.decode(s.ids) for s in samples])
+        mean, stderr = mean_over_prompts(rewards.numpy(), num_prompts=len(self.prompts))
+        return {"eval/reward": mean, "eval/reward_stderr": stderr}
