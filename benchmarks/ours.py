@@ -91,6 +91,6 @@ def _method(scenario: Scenario, workload: Workload, model: nn.Module, config: An
         train_reference=reference,
         test_reference=reference[:0],
         loss_config=config.loss,
-        kl=None,
+        on_policy=None,
         **common,
     )
