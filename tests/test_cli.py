@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, known_keys
+from dpo.config import EvaluateConfig, PreferenceConfig, RewardConfig, SFTConfig, known_keys
 from dpo.models import load
 from train.small_runs import CANARY, dpo, dpo_config, evaluate_config, sft_config, sft_run, words_of
 
@@ -75,7 +75,12 @@ def test_an_unknown_command_or_option_is_a_mistake_of_the_user():
 
 @pytest.mark.parametrize(
     ("command", "schema"),
-    [("sft", SFTConfig), ("train", PreferenceConfig), ("evaluate", EvaluateConfig)],
+    [
+        ("sft", SFTConfig),
+        ("train", PreferenceConfig),
+        ("reward", RewardConfig),
+        ("evaluate", EvaluateConfig),
+    ],
 )
 def test_config_lists_every_key(command, schema):
     said = dpo("config", command)
@@ -87,7 +92,7 @@ def test_config_lists_every_key(command, schema):
 
 def test_config_of_no_command_names_those_there_are():
     err = refused("config", "trian")
-    assert err == "trian: expected one of sft, train, evaluate, experiment."
+    assert err == "trian: expected one of sft, train, reward, online, ppo, evaluate, experiment."
 
 
 # -- losses -------------------------------------------------------------------------------------

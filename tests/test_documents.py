@@ -9,12 +9,20 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, read_config
+from dpo.config import EvaluateConfig, PreferenceConfig, RewardConfig, SFTConfig, read_config
 from dpo.experiment.study import StudyConfig, plan
+from dpo.online_config import OnlineConfig, PPOConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCHEMAS = {"sft": SFTConfig, "train": PreferenceConfig, "evaluate": EvaluateConfig}
+SCHEMAS = {
+    "sft": SFTConfig,
+    "train": PreferenceConfig,
+    "reward": RewardConfig,
+    "online": OnlineConfig,
+    "ppo": PPOConfig,
+    "evaluate": EvaluateConfig,
+}
 
 
 def readme_commands():

@@ -10,7 +10,7 @@ import pytest
 import dpo
 
 PACKAGE = Path(dpo.__file__).parent
-BASE = {"errors", "atomic", "progress", "config", "loss_config", "sections"}
+BASE = {"errors", "atomic", "progress", "config", "loss_config", "online_config", "sections"}
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
@@ -19,6 +19,7 @@ ALLOWED = {
     "sections": set(),
     "loss_config": {"sections"},
     "config": {"errors", "loss_config", "sections"},
+    "online_config": {"config", "loss_config", "sections"},
     "core": {"errors"},
     "theory": {"core", "errors"},
     "data": {"core", "errors", "atomic"},

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpo import __version__
-from dpo.errors import DPOError, InputError
+from dpo.errors import DPOError, InputError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,6 +140,56 @@ def train(settings: Settings = None, trust_remote_code: TrustRemoteCode = False)
 
 
 @app.command(
+    help="A reward model: Bradley-Terry on pairs, or Plackett-Luce on rankings.\n\n"
+    "Example: [cyan]dpo reward model=runs/sft data=prefs.jsonl out=runs/reward[/cyan]"
+    f"{CONFIGURATION}"
+)
+def reward(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+    from dpo.config import RewardConfig
+
+    config = _read(RewardConfig, settings)
+    from dpo.report.reward import finish_reward_run
+    from dpo.train.reward import train_reward
+
+    _quiet_transformers()
+    finish_reward_run(train_reward(config, trust_remote_code=trust_remote_code))
+
+
+@app.command(
+    help="Online or iterative DPO: sample from the policy, score, pair, train, and again.\n\n"
+    "Example: [cyan]dpo online model=runs/sft reward=runs/reward data=prefs.jsonl "
+    "out=runs/online rounds=4[/cyan]"
+    f"{CONFIGURATION}"
+)
+def online(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+    from dpo.online_config import OnlineConfig
+
+    config = _read(OnlineConfig, settings)
+    from dpo.report.runs import finish_run
+    from dpo.train.online import train_online
+
+    _quiet_transformers()
+    finish_run(train_online(config, trust_remote_code=trust_remote_code))
+
+
+@app.command(
+    help="PPO: sample from the policy, score, estimate advantages, clipped steps, and again.\n\n"
+    "Example: [cyan]dpo ppo model=runs/sft reward=runs/reward data=prefs.jsonl "
+    "out=runs/ppo kl.coefficient=0.05[/cyan]"
+    f"{CONFIGURATION}"
+)
+def ppo(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+    from dpo.online_config import PPOConfig
+
+    config = _read(PPOConfig, settings)
+    from dpo.report.runs import finish_run
+    from dpo.train.ppo import train_ppo
+
+    _quiet_transformers()
+    finish_run(train_ppo(config, trust_remote_code=trust_remote_code))
+
+
+@app.command(
     help="Sentence-BERT win rates on held-out prompts, with intervals, nulls and tests.\n\n"
     "Example: [cyan]dpo evaluate models.sft=runs/sft models.dpo=runs/first data=prefs.jsonl "
     "out=runs/evaluation[/cyan]"
@@ -202,6 +252,59 @@ def experiment_losses(settings: Settings = None) -> None:
     run_losses(config)
 
 
+@experiment_app.command(
+    "exact",
+    help="DPO, PPO and their rivals in a world whose optimal policy is known.\n\n"
+    "Example: [cyan]dpo experiment exact studies/exact.yaml out=runs/exact[/cyan]\n\n"
+    "The file shows every key; key=value sets one.",
+)
+def experiment_exact(
+    settings: Settings = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute and a half: one seed, fewer steps.")
+    ] = False,
+) -> None:
+    from dpo.experiment.exact_config import ExactStudyConfig, quick_form
+
+    config = _read(ExactStudyConfig, settings)
+    from dpo.experiment.exact import run_exact
+
+    _quiet_transformers()
+    run_exact(quick_form(config) if quick else config)
+
+
+@experiment_app.command(
+    "frontier",
+    help="DPO, PPO and their rivals on the embedded data: true reward against KL, and cost.\n\n"
+    "Example: [cyan]dpo experiment frontier studies/frontier.yaml out=runs/frontier[/cyan]\n\n"
+    "The file shows every key; key=value sets one.",
+)
+def experiment_frontier(settings: Settings = None) -> None:
+    from dpo.experiment.frontier_config import FrontierConfig
+
+    config = _read(FrontierConfig, settings)
+    from dpo.experiment.frontier import run_frontier
+
+    _quiet_transformers()
+    run_frontier(config)
+
+
+@experiment_app.command(
+    "sentiment",
+    help="The DPO paper's IMDb experiment on reviews: reward of a classifier against KL.\n\n"
+    "Example: [cyan]dpo experiment sentiment studies/sentiment.yaml data.path=stanfordnlp/imdb"
+    "[/cyan]\n\nThe file shows every key; key=value sets one.",
+)
+def experiment_sentiment(settings: Settings = None) -> None:
+    from dpo.experiment.sentiment_config import SentimentConfig
+
+    config = _read(SentimentConfig, settings)
+    from dpo.experiment.sentiment import run_sentiment
+
+    _quiet_transformers()
+    run_sentiment(config)
+
+
 @data_app.command("check")
 def data_check(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders, hub id.")],
@@ -224,6 +327,8 @@ def data_check(
     """Validate, count, measure, and show a few rows as the model will see them."""
     from dpo.report.data_check import check_data
 
+    if template is not None and tokenizer is None:
+        raise InputError("--template: has no effect without a --tokenizer to count tokens with.")
     _quiet_transformers()
     check_data(
         files,
@@ -268,7 +373,9 @@ def data_synthetic(
 
 @app.command()
 def config(
-    command: Annotated[str, typer.Argument(help="sft, train, evaluate or experiment.")],
+    command: Annotated[
+        str, typer.Argument(help="sft, train, reward, online, ppo, evaluate or experiment.")
+    ],
 ) -> None:
     """List every key of a command's configuration: type, default, meaning."""
     from dpo.report.settings import print_settings
@@ -278,11 +385,14 @@ def config(
 
 def _schema(command: str) -> type[Any]:
     """The configuration of a command."""
-    from dpo import config
+    from dpo import config, online_config
 
     known = {
         "sft": config.SFTConfig,
         "train": config.PreferenceConfig,
+        "reward": config.RewardConfig,
+        "online": online_config.OnlineConfig,
+        "ppo": online_config.PPOConfig,
         "evaluate": config.EvaluateConfig,
     }
     if command == "experiment":  # heavy, so only where it is asked for
@@ -346,10 +456,23 @@ def main() -> None:
         words = [word for word in sys.argv[1:] if word != "--debug"]
         app(args=words, prog_name="dpo")
     except DPOError as error:
-        if debug:
-            traceback.print_exception(error)
-        typer.echo(str(error), err=True)
-        raise SystemExit(error.exit_code) from None
+        _leave(error, debug=debug)
+    except OSError as error:
+        if error.filename is None:  # no file, so nothing that the user can see to
+            raise
+        told = StorageError(f"{error.filename}: {error.strerror}.")
+        _leave(told.with_traceback(error.__traceback__), debug=debug)
+
+
+def _leave(error: DPOError, *, debug: bool) -> None:
+    """End the process with an error's message and code."""
+    from dpo.data.files import printable
+
+    if debug:
+        traceback.print_exception(error)
+    for line in str(error).split("\n"):  # it may quote a file, which must not drive the terminal
+        typer.echo(printable(line, limit=len(line)), err=True)
+    raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from dpo.loss_config import (
 from dpo.loss_config import DPOLossConfig as DPOLossConfig  # "as": for others to import from here
 from dpo.loss_config import LossConfig as LossConfig
 from dpo.loss_config import MixLossConfig as MixLossConfig
-from dpo.sections import Count, NonNegative, Positive, Seed
+from dpo.sections import Count, Folder, NonNegative, Positive, Seed
 from dpo.sections import Section as Section
 
 
@@ -162,6 +162,48 @@ class EvaluationDuringTraining(Section):
     max_new_tokens: Count = Field(128, description="Longest generation, in tokens.")
 
 
+def _model_shorthand(value: Any) -> Any:
+    """`reward=runs/reward` means `reward.model=runs/reward`."""
+    if isinstance(value, str):
+        return {"model": value}
+    if isinstance(value, Mapping) and "path" in value:  # what `reward=x reward.label=y` became
+        return {"model": value["path"]} | {key: value[key] for key in value if key != "path"}
+    return value
+
+
+class RewardSourceConfig(Section):
+    """What scores responses: a model or a function."""
+
+    model: str | None = Field(
+        None, description="Reward model or other sequence classifier: run, folder or hub id."
+    )
+    label: str | None = Field(
+        None, description="Of a classifier with several labels, the one whose log-odds are meant."
+    )
+    function: str | None = Field(
+        None,
+        description="'synthetic' (the true reward of the embedded data), or file.py:name, a Python "
+        "function of a list of prompts and a list of responses that returns a list of numbers.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardSourceConfig:
+        if (self.model is None) == (self.function is None):
+            raise ValueError("give either a reward model (model) or a function, and not both")
+        if self.label is not None and self.model is None:
+            raise ValueError("label has no effect without a model")
+        if self.function is not None and self.function != "synthetic":
+            file, separator, name = self.function.rpartition(":")
+            if not (separator and file.endswith(".py") and name.isidentifier()):
+                raise ValueError(
+                    f"function: expected 'synthetic' or file.py:name (got {self.function!r:.60})"
+                )
+        return self
+
+
+RewardSource = Annotated[RewardSourceConfig, BeforeValidator(_model_shorthand)]
+
+
 class PreferenceEvaluation(EvaluationDuringTraining):
     """The same, and how far the policy has moved from the reference."""
 
@@ -172,6 +214,15 @@ class PreferenceEvaluation(EvaluationDuringTraining):
         "a reference is compared with the model it starts from, if this is given.",
     )
     kl_samples: Count = Field(1, description="Samples per prompt for the KL.")
+    reward: RewardSource | None = Field(
+        None, description="Mean reward of those samples as well: a reward model or a function."
+    )
+
+    @model_validator(mode="after")
+    def _samples_to_reward(self) -> PreferenceEvaluation:
+        if self.reward is not None and self.kl_prompts == 0:
+            raise ValueError("reward has no effect when kl_prompts is 0")
+        return self
 
 
 class RunConfig(Section):
@@ -179,7 +230,7 @@ class RunConfig(Section):
 
     model: Annotated[ModelConfig, BeforeValidator(shorthand)]
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
-    out: str = Field(description="The run directory.")
+    out: Folder = Field(description="The run directory.")
     seed: Seed = Field(0, description="Order of the rows, dropout, samples.")
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
@@ -260,6 +311,37 @@ class PreferenceConfig(TrainingConfig):
         return takes_reference(self.loss) or asked
 
 
+class RewardConfig(TrainingConfig):
+    """A reward model: a linear head on a language model's trunk, from pairs or rankings."""
+
+    loss: Literal["bradley_terry", "plackett_luce"] = Field(
+        "bradley_terry",
+        description="bradley_terry: pairs (all pairs of a ranking); plackett_luce: whole rankings.",
+    )
+    margin: Literal["scores"] | None = Field(
+        None, description="scores: chosen_score - rejected_score is the margin asked for (Llama 2)."
+    )
+    centre: NonNegative = Field(
+        0.0, description="Coefficient of (r_w + r_l)^2: rewards around 0 (Eisenstein et al.: 0.01)."
+    )
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+
+    @model_validator(mode="after")
+    def _margins_of_pairs(self) -> RewardConfig:
+        if self.margin is not None and self.loss != "bradley_terry":
+            raise ValueError(f"margin: has no effect, {self.loss} has none; bradley_terry has")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_generated(self) -> RewardConfig:
+        sampling = {"num_samples", "sample_temperature", "max_new_tokens"}
+        for name in sorted(self.evaluation.model_fields_set & sampling):
+            raise ValueError(f"evaluation.{name}: has no effect, a reward model generates nothing")
+        if "max_logit_mib" in self.batch.model_fields_set:
+            raise ValueError("batch.max_logit_mib: has no effect, a reward is one number")
+        return self
+
+
 class SentenceConfig(Section):
     """The Sentence-BERT model that judges."""
 
@@ -275,7 +357,7 @@ class EvaluateConfig(Section):
 
     models: dict[str, str] = Field(description="Name: run directory, model folder or hub id.")
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
-    out: str = Field(description="Where the tables, figures and generations go.")
+    out: Folder = Field(description="Where the tables, figures and generations go.")
     temperatures: list[NonNegative] = Field([0.1, 0.25, 0.5, 0.75, 1.0], min_length=1)
     max_prompts: int = Field(
         500, ge=2, description="Held-out prompts used, at most (seeded choice)."
@@ -325,6 +407,57 @@ def read_config(
     return validate(schema, values, where=str(file) if file is not None else "")
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, stricter: no key twice, no aliases, and what looks like a date is text.
+
+    A few lines of aliases can stand for gigabytes, or for a value that contains itself.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            reason = f"the alias *{event.anchor} is not supported; write the value out"
+            raise yaml.composer.ComposerError(None, None, reason, event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                reason = f"the key {key.value} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, reason, key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        YAMLError: there is none.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
+    except (ValueError, LookupError, AttributeError) as error:  # "0x_", "!!bool 2", 5000 digits
+        raise yaml.YAMLError(f"a value cannot be read ({error})") from error
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    """What is wrong with a YAML text, and where."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """A YAML file as a mapping, by the safe loader.
 
@@ -332,13 +465,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
         InputError: it cannot be read, is not YAML, or is not a mapping.
     """
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = _parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"There is no configuration file {file}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as a UTF-8 text file ({error}).") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}.") from error
+        raise InputError(f"{file}: not valid YAML: {_reason(error)}.") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -349,10 +482,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def _apply(values: dict[str, Any], override: str) -> None:
     """Set one dotted key, e.g. `loss.beta=0.1`."""
     key, separator, text = override.partition("=")
-    if not separator or not key.strip():
+    if not separator or not all(part.strip() for part in key.split(".")):
         raise InputError(f"{override!r}: expected key=value, e.g. loss.beta=0.1.")
     try:
-        value = yaml.safe_load(text) if text.strip() else text
+        value = _parse(text) if text.strip() else text
     except yaml.YAMLError:
         value = text
     _set(values, key.strip(), value)
@@ -413,13 +546,26 @@ def _describe(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
             location[-1], known, n=1
         )
         hint = f"; did you mean {close[0]}?" if close else ""
+        if key in known:
+            nested = ": {".join(location[0].split(".")) + ": ..." + "}" * location[0].count(".")
+            hint = f"; in a file, write {nested}"
         return f"{key}: unknown key{hint}"
     if problem["type"] == "missing":
         return f"{key}: is required, e.g. {key}=..."
     reason = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {reason}" if key else reason
-    return f"{key}: {reason[0].lower()}{reason[1:]} (got {problem['input']!r:.60})"
+    reason = _PLAIN_REASONS.get(problem["type"], f"{reason[0].lower()}{reason[1:]}")
+    return f"{key}: {reason} (got {problem['input']!r:.60})"
+
+
+_PLAIN_REASONS = {
+    "string_type": "expected text, in quotes where it would be read as something else",
+    "list_type": "expected a list",
+    "dict_type": "expected keys and values",
+    "model_type": "expected keys and values",
+}
+"""In place of pydantic's words, which speak of Python's types."""
 
 
 def known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:

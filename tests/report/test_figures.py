@@ -294,7 +294,7 @@ def test_run_curves_skip_what_was_not_logged(drawn):
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == [
         "Loss",
-        "Implicit reward (nats)",
+        "Reward (nats)",
         "On-policy KL (nats)",
         "Gradient norm",
         "Learning rate",

@@ -46,8 +46,23 @@ def save_pretrained(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+GENERATION = """```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="path/to/this/folder")
+```"""
+
+
 def model_card(
-    *, title: str, base: str, data: str, template: PromptTemplate, method: str, settings: str
+    *,
+    title: str,
+    base: str,
+    data: str,
+    template: PromptTemplate,
+    method: str,
+    settings: str,
+    task: str = "text-generation",
+    usage: str = GENERATION,
 ) -> str:
     """The folder's README: what it is, what it was made from, how to use it."""
     prompt = "{prompt}" if template.text is None else template.text
@@ -58,7 +73,7 @@ def model_card(
     )
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: [{CARD_LIBRARY}]
 ---
 
@@ -73,11 +88,7 @@ tags: [{CARD_LIBRARY}]
 
 {how}
 
-```python
-from transformers import pipeline
-
-generate = pipeline("text-generation", model="path/to/this/folder")
-```
+{usage}
 
 ## Settings
 

@@ -47,8 +47,8 @@ def float32_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return logits_of
 
 
-def _run(model: nn.Module, batch: Batch, precision: str) -> Tensor:
-    """The model's logits, as its head gives them."""
+def _run(model: nn.Module, batch: Batch, precision: str) -> Any:
+    """What the model gives: logits with a head, hidden states without."""
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(batch.ids).to(device)}
     attention: AbstractContextManager[None] = nullcontext()
@@ -57,8 +57,7 @@ def _run(model: nn.Module, batch: Batch, precision: str) -> Tensor:
         inputs["position_ids"] = torch.from_numpy(batch.positions).to(device)
         attention = packed_attention_of(model, batch.trees)
     with precision_context(precision, device), attention:
-        logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits
+        return model(**inputs, use_cache=False)
 
 
 @contextmanager
@@ -111,7 +110,15 @@ def selected_logits(model: nn.Module, batch: Batch, *, precision: str = "fp32") 
         return head(hidden[_index(batch.row), _index(batch.column)]).unsqueeze(0)
 
     with head_replaced(model, selected):
-        return at_least_float32(_run(model, batch, precision).squeeze(0))
+        return at_least_float32(_run(model, batch, precision).logits.squeeze(0))
+
+
+def trunk_outputs(trunk: nn.Module, batch: Batch, *, precision: str = "fp32") -> Tensor:
+    """The last hidden states of a model without a head at the batch's scored positions, (N, D), in
+    at least float32.
+    """
+    hidden: Tensor = _run(trunk, batch, precision).last_hidden_state
+    return at_least_float32(hidden[_index(batch.row), _index(batch.column)])
 
 
 def _index(values: Any) -> Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 from transformers.activations import NewGELUActivation
 
+from dpo.data.files import existing
 from dpo.errors import InputError
+
+log = logging.getLogger("dpo")
 
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.ckpt")
 
@@ -46,9 +52,16 @@ def find_model(
     """Tell a run directory and a model folder from a hub id, before anything is loaded.
 
     Raises:
-        InputError: an existing folder that holds no model, or a path where nothing is.
+        InputError: an existing folder that holds no model, a path where nothing is, or a revision
+            of what is no hub model.
     """
-    folder = Path(name).expanduser()
+    folder = existing(name) if name else None
+    if folder is None:
+        if looks_like_a_path(name):
+            raise InputError(f"{key}: there is no folder {name}.")
+        return ModelSource(name, False, revision, trust_remote_code)
+    if revision is not None:
+        raise InputError(f"{key}.revision: only a hub model has one; {name} is a folder here.")
     if folder.is_dir():
         inner = folder / "model"
         is_run = (folder / "manifest.json").is_file() or (inner / "config.json").is_file()
@@ -60,11 +73,7 @@ def find_model(
                 "directory of a finished run)."
             )
         return ModelSource(str(folder), True, None, trust_remote_code)
-    if folder.exists():
-        raise InputError(f"{key}: {name} is a file; expected a model folder or a hub id.")
-    if looks_like_a_path(name):
-        raise InputError(f"{key}: there is no folder {name}.")
-    return ModelSource(name, False, revision, trust_remote_code)
+    raise InputError(f"{key}: {name} is a file; expected a model folder or a hub id.")
 
 
 def find_tokenizer(name: str, *, trust_remote_code: bool = False) -> ModelSource:
@@ -73,17 +82,16 @@ def find_tokenizer(name: str, *, trust_remote_code: bool = False) -> ModelSource
     Raises:
         InputError: a path where nothing is.
     """
-    folder = Path(name).expanduser()
-    if (folder / "model").is_dir():
-        folder = folder / "model"
-    if not folder.is_dir() and looks_like_a_path(name):
-        raise InputError(f"tokenizer: there is no folder {name}.")
-    return ModelSource(
-        str(folder) if folder.is_dir() else name, folder.is_dir(), None, trust_remote_code
-    )
+    folder = existing(name) if name else None
+    if folder is None or not folder.is_dir():
+        if looks_like_a_path(name):
+            raise InputError(f"tokenizer: there is no folder {name}.")
+        return ModelSource(name, False, None, trust_remote_code)
+    inner = folder / "model"
+    return ModelSource(str(inner if inner.is_dir() else folder), True, None, trust_remote_code)
 
 
-def _explain(error: Exception, what: str, source: ModelSource) -> InputError:
+def explain(error: Exception, what: str, source: ModelSource) -> InputError:
     """One sentence for whatever a loader raised."""
     reason = " ".join(str(error).split())
     if source.local:
@@ -95,7 +103,7 @@ def _explain(error: Exception, what: str, source: ModelSource) -> InputError:
             )
         return InputError(f"{source.path}: its {what} cannot be loaded: {reason[:300]}")
     return InputError(
-        f"{source.path!r} is no local folder, and its {what} cannot be had from the hub: "
+        f"{source.path!r:.200} is no local folder, and its {what} cannot be had from the hub: "
         f"{reason[:300]}"
     )
 
@@ -117,28 +125,77 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         return loader.from_pretrained(source.path, **source.arguments())
     except Exception as error:  # each loader raises its own types
-        raise _explain(error, "tokenizer", source) from error
+        raise explain(error, "tokenizer", source) from error
 
 
 def load_model(source: ModelSource) -> nn.Module:
     """A causal language model in float32, from safetensors, in evaluation mode.
 
     Raises:
-        InputError: no such model, unreadable weights, or weights that are not safetensors.
+        InputError: no such model, weights that are unreadable, incomplete or not safetensors, or a
+            model of another kind: transformers would give a reward model a random head, and let an
+            encoder see the tokens that it is to predict.
     """
     try:
         config = AutoConfig.from_pretrained(source.path, **source.arguments())
-        model = AutoModelForCausalLM.from_pretrained(
+        made_as = config.architectures or []
+        loader: Any = AutoModelForCausalLM
+        model, report = loader.from_pretrained(
             source.path,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+            output_loading_info=True,
             **source.arguments(),
         )
     except Exception as error:
-        raise _explain(error, "model", source) from error
+        raise explain(error, "model", source) from error
+    if any(name.endswith("ForSequenceClassification") for name in made_as):
+        raise InputError(
+            f"{source.path}: it is a reward model or classifier ({made_as[0]}); expected a causal "
+            "language model."
+        )
+    _check_complete(report, source)
     loaded: nn.Module = model.eval()
+    if _looks_ahead(loaded):
+        raise InputError(
+            f"{source.path}: {type(loaded).__name__} predicts a token from those after it; "
+            "expected a causal language model."
+        )
     return fuse_activations(loaded)
+
+
+def _check_complete(report: Mapping[str, Any], source: ModelSource) -> None:
+    """Every weight must come from the file: transformers fills gaps with random numbers."""
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise InputError(
+            f"{source.path}: it lacks {len(names)} of the model's weights "
+            f"({', '.join(names[:3])}); copy or download it again."
+        )
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"{source.path}: its weights do not fit its config.json: {name} is {list(found)}, "
+            f"expected {list(expected)}."
+        )
+    if report["unexpected_keys"]:
+        names = sorted(report["unexpected_keys"])
+        log.warning(
+            "%s: %d of its weights are no part of the model and are left out (%s).",
+            source.path,
+            len(names),
+            ", ".join(names[:3]),
+        )
+
+
+def _looks_ahead(model: nn.Module) -> bool:
+    """Whether a token changes the prediction made before it."""
+    last = int(model.get_input_embeddings().weight.shape[0]) - 1  # type: ignore[operator]
+    ids = torch.tensor([[0, 0], [0, last]])
+    with torch.no_grad():
+        first, second = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0]
+    return bool((first - second).abs().max() > 1e-4 * first.abs().max())
 
 
 def fuse_activations(model: nn.Module) -> nn.Module:
@@ -186,6 +243,17 @@ def weights_digest(model: nn.Module) -> str:
         data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(data.numpy().data)
     return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of what makes ids of text: vocabulary, merges, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {"vocab": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    for passing in ("padding", "truncation"):  # what the last call asked for
+        rules.pop(passing, None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    text = json.dumps([rules, special], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def pick_device() -> torch.device:

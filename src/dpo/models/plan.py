@@ -5,7 +5,8 @@ its configuration and by a trial.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +23,7 @@ from dpo.models.forward import head_inputs, selected_logits
 log = logging.getLogger("dpo")
 
 TOLERANCE = 1e-4
-"""Largest difference between packed and padded logits, relative to their spread, in the trial."""
+"""Largest difference between packed and padded outputs, relative to their spread, in the trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +51,9 @@ def scoring_plan(model: nn.Module) -> ScoringPlan:
 
 
 def _find_plan(model: nn.Module) -> ScoringPlan:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            reason = why_not_packed(model)
-            form = head_form(model)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with as_evaluated(model):
+        reason = why_not_packed(model)
+        form = head_form(model)
     if reason is not None:
         log.info(
             "%s is run on padded rows, without prefix sharing: %s.", type(model).__name__, reason
@@ -68,11 +63,34 @@ def _find_plan(model: nn.Module) -> ScoringPlan:
     return ScoringPlan(reason is None, form)
 
 
-def why_not_packed(model: nn.Module) -> str | None:
+@contextmanager
+def as_evaluated(model: nn.Module) -> Iterator[None]:
+    """Inside, the model has no dropout and keeps no graph; each module's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits before every target, in the order of the targets."""
+    return selected_logits(model, batch)[torch.from_numpy(batch.source)]
+
+
+def why_not_packed(
+    model: nn.Module, outputs: Callable[[nn.Module, Batch], Tensor] = _logits
+) -> str | None:
     """Why packed trees would not be exact for this model, or None where they are.
 
     What the configuration tells is believed first: small weights can hide a difference from the
     trial.
+
+    Args:
+        outputs: what is compared: one row for each target of the batch, in their order.
     """
     config: Any = model.config
     if not getattr(model, "_supports_attention_backend", False):
@@ -83,19 +101,19 @@ def why_not_packed(model: nn.Module) -> str | None:
     }
     if kinds:
         return f"it has layers of the kind {', '.join(sorted(kinds))}"
-    sequences = _trial(model)
+    sequences = trial_sequences(model)
     try:
-        packed = _logits(model, pack(sequences))
+        packed = outputs(model, pack(sequences))
     except UnsupportedAttention as error:
         return str(error)
-    padded = _logits(model, pad(sequences))
+    padded = outputs(model, pad(sequences))
     difference = float((packed - padded).abs().max() / padded.std().clamp(min=1e-6))
     if not difference <= TOLERANCE:
-        return f"packed and padded logits differ by {difference:.1e} of their spread"
+        return f"packed and padded outputs differ by {difference:.1e} of their spread"
     return None
 
 
-def _trial(model: nn.Module) -> list[TokenSequence]:
+def trial_sequences(model: nn.Module) -> list[TokenSequence]:
     """Two prompts with responses of several lengths, one of them empty once packed."""
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = [int(i) for i in torch.randint(size, (24,), generator=torch.Generator().manual_seed(0))]
@@ -109,11 +127,6 @@ def _trial(model: nn.Module) -> list[TokenSequence]:
     ]
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits before every target, in the order of the targets."""
-    return selected_logits(model, batch)[torch.from_numpy(batch.source)]
-
-
 def head_form(model: nn.Module) -> HeadForm | None:
     """What the model does between its head and its logits, checked against what it gives.
 
@@ -122,7 +135,7 @@ def head_form(model: nn.Module) -> HeadForm | None:
     head = model.get_output_embeddings()  # type: ignore[operator]
     if type(head) is not nn.Linear:
         return None
-    batch = pad(_trial(model))
+    batch = pad(trial_sequences(model))
     raw = nn.functional.linear(head_inputs(model, batch), head.weight, head.bias)
     found = selected_logits(model, batch)
     config: Any = model.config

@@ -189,7 +189,7 @@ def reward_kl_figure(points: Sequence[RewardKLPoint], out_stem: Path | str) -> l
 
 _RUN_PANELS: dict[str, dict[str, str]] = {
     "Loss": {"loss": ""},
-    "Implicit reward (nats)": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+    "Reward (nats)": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
     "Reward margin (nats)": {"rewards/margin": ""},
     "Reward accuracy": {"rewards/accuracy": ""},
     "Response log-prob. (nats)": {"logps/chosen": "chosen", "logps/rejected": "rejected"},

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo.errors import InputError
 from dpo.evaluate.jobs import Evaluation
 from dpo.evaluate.true_reward import RewardRow
 from dpo.evaluate.winrate import PairedTest, render_win_rates
@@ -23,6 +24,9 @@ SUMMARY = (
     ("eval/rewards/accuracy", "reward accuracy"),
     ("eval/rewards/ties", "ties"),
     ("eval/rewards/margin", "reward margin"),
+    ("eval/rewards/mean", "mean reward"),
+    ("eval/calibration_error", "calibration error"),
+    ("eval/brier", "Brier score"),
     ("eval/logps/chosen_change", "log pi(chosen), change"),
     ("eval/logps/rejected_change", "log pi(rejected), change"),
     ("eval/kl", "KL(policy || reference)"),
@@ -36,6 +40,8 @@ def finish_run(folder: Path) -> None:
     A fall of log pi(chosen) while the margin grows is common in DPO and explained in the table.
     """
     metrics = read_metrics(folder)
+    if not _held_out(metrics):
+        raise InputError(f"{folder / 'metrics.jsonl'}: expected a run's metrics; it is damaged.")
     run_curves_figure(metrics, folder / "figures" / "training")
     console = Console()
     console.print(run_table(folder, metrics))

@@ -28,6 +28,7 @@ from dpo.train.prepare import (
     load_rankings,
 )
 from dpo.train.reference import reference_logps
+from dpo.train.reward_source import RewardFunction, open_reward
 from dpo.train.run import save_train_prompts
 from dpo.train.session import (
     Policy,
@@ -100,12 +101,16 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
         # It is read apart from the policy: training cannot touch it.
         named = config.reference or config.model
         reference = open_policy(named, [], config.seed, trust_remote_code)
-        _check_same_tokens(policy, reference)
+        check_same_tokens(policy, reference)
         digests = {"reference_sha256": weights_digest(reference.model)}
+    reward = None
+    if config.evaluation.reward is not None:
+        reward = open_reward(config.evaluation.reward, trust_remote_code=trust_remote_code)
+        digests["evaluation_reward_sha256"] = reward.digest
     with opened_run(config, data, policy, encoder, command="train", **digests) as run:
         if run.finished:
             return run.folder
-        method = _preference_method(config, objective, data, policy, reference, encoder)
+        method = _preference_method(config, objective, data, policy, reference, encoder, reward)
         _warn_of_whole_batches(method, config)
         save_train_prompts(run.folder, prompts_seen(config, data))
         fit(method, policy.model, config, run)
@@ -132,6 +137,7 @@ def _preference_method(
     policy: Policy,
     reference: Policy | None,
     encoder: Encoder,
+    reward: RewardFunction | None,
 ) -> PreferenceMethod:
     """Encode both sides and score them under the reference, once, where the loss takes one that
     stays.
@@ -164,7 +170,7 @@ def _preference_method(
         precision=config.precision,
         max_tokens=config.batch.max_tokens,
         max_logit_bytes=config.batch.max_logit_mib << 20,
-        on_policy=_on_policy(config, policy, reference, encoder, held_out),
+        on_policy=_on_policy(config, policy, reference, encoder, held_out, reward),
         save=model_saver(config, policy, encoder, LOSS_TITLES.format(config.loss.name)),
         reference=None if in_loss is None else in_loss.model,
         vocab_size=policy.model.get_output_embeddings().weight.shape[0],  # type: ignore[operator]
@@ -191,7 +197,7 @@ def _warn_of_whole_batches(method: PreferenceMethod, config: PreferenceConfig) -
         )
 
 
-def _check_same_tokens(policy: Policy, reference: Policy) -> None:
+def check_same_tokens(policy: Policy, reference: Policy) -> None:
     """Policy and reference must mean the same by an id."""
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         raise InputError(
@@ -206,10 +212,11 @@ def _on_policy(
     reference: Policy | None,
     encoder: Encoder,
     held_out: Sequence[Any],
+    reward: RewardFunction | None,
 ) -> OnPolicyEvaluation | None:
     """What is sampled of the policy while it trains, or None where there is nothing to measure."""
     settings = config.evaluation
-    if reference is None or settings.kl_prompts == 0:
+    if (reference is None and reward is None) or settings.kl_prompts == 0:
         return None
     prompts = distinct_prompts(held_out, settings.kl_prompts, config.seed)
     return OnPolicyEvaluation(
@@ -221,8 +228,8 @@ def _on_policy(
             positions=max_positions(policy.model),
         ),
         encoder=encoder,
-        reference=reference.model,
-        reward=None,
+        reference=None if reference is None else reference.model,
+        reward=reward,
         samples_per_prompt=settings.kl_samples,
         max_new_tokens=settings.max_new_tokens,
         max_tokens=config.batch.max_tokens,

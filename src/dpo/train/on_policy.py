@@ -4,18 +4,16 @@ and, where a reward is known, how good they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dpo.data.tokenize import Encoder
 from dpo.models.divergence import kl_of_samples, mean_over_prompts, sample_on_policy
 from dpo.models.generate import SampledResponse
-
-RewardOf = Callable[[Sequence[Any], Sequence[str]], Tensor]
-"""Prompts and responses in; (N,) float64 rewards out."""
+from dpo.train.reward_source import RewardFunction
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class OnPolicyEvaluation:
     """The tokens of the prompts."""
     encoder: Encoder
     reference: nn.Module | None
-    reward: RewardOf | None
+    reward: RewardFunction | None
     samples_per_prompt: int
     max_new_tokens: int
     max_tokens: int

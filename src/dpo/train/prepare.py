@@ -14,6 +14,7 @@ import numpy as np
 
 from dpo.config import DataConfig
 from dpo.data import synthetic
+from dpo.data.audit import responses_of
 from dpo.data.prompts import PromptTemplate, as_text, default_template, resolve_template
 from dpo.data.rows import (
     DemonstrationRow,
@@ -101,6 +102,17 @@ def load_judgements(data: DataConfig) -> SplitData[UnpairedRow]:
     return _load(data, as_unpaired)
 
 
+def load_prompts(data: DataConfig) -> SplitData[Any]:
+    """Rows of any kind, of which only the prompts are wanted.
+
+    Raises:
+        InputError: the source cannot be read.
+    """
+    if data.path == "synthetic":
+        return load_preferences(data)
+    return _load(data, lambda rows: tuple(rows))
+
+
 def _load(data: DataConfig, convert: Callable[[Sequence[Row]], tuple[R, ...]]) -> SplitData[R]:
     """Read the source (and the held-out source, where it is one of its own), convert and split."""
     loaded = load_rows(data.path, columns=data.columns, split=data.split, revision=data.revision)
@@ -140,6 +152,10 @@ def _split(
             )
     digest = sha256 or hashlib.sha256(repr([*train, *test]).encode()).hexdigest()
     log.info("%d training rows and %d held-out rows, split by prompt.", len(train), len(test))
+    responses = [text for row in (*train, *test) for _, text in responses_of(row)]
+    num_empty = sum(not text.strip() for text in responses)
+    if num_empty:
+        log.warning("%d of %d responses are empty.", num_empty, len(responses))
     return SplitData(train, test, shape, conversational, digest)
 
 
@@ -150,7 +166,8 @@ def choose_template(
     for.
 
     Raises:
-        InputError: another one is asked for than the model was trained with.
+        InputError: another one is asked for than the model was trained with, or a text template
+            would have to write conversations.
     """
     if asked is None:
         template = own or default_template(shape, conversational=conversational)
@@ -161,6 +178,12 @@ def choose_template(
                 f"data.template: the model was trained with the template {own}, not {template}; "
                 "leave data.template out."
             )
+    if conversational and template.text is not None:
+        whose = " of the model" if template == own else ""
+        raise InputError(
+            f"data.template: the prompts are conversations, which the template {template}{whose} "
+            "cannot write; use prompts that are text, or a model with a chat template."
+        )
     log.info("Prompts are written with the template %s.", template)
     return template
 
@@ -225,7 +248,9 @@ def check_dropped(num_dropped: int, num_rows: int, *, reason: str, allowed: floa
         return
     share = num_dropped / num_rows
     log.warning("%d of %d rows are dropped: %s.", num_dropped, num_rows, reason)
-    if share > allowed or num_dropped == num_rows:
+    if num_dropped == num_rows:
+        raise InputError(f"All {num_rows} rows would be dropped: {reason}. Mend them.")
+    if share > allowed:
         raise InputError(
             f"{num_dropped} of {num_rows} rows ({share:.1%}) would be dropped: {reason}. "
             f"Mend them, or allow it with data.max_dropped={min(1.0, share + 0.001):.3f}."

@@ -20,6 +20,7 @@ from dpo.data.prompts import PromptTemplate, as_text, load_template
 from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, UnpairedRow
 from dpo.data.split import prompt_digest
 from dpo.data.tokenize import Encoder
+from dpo.errors import InputError
 from dpo.models.export import model_card, save_pretrained
 from dpo.models.fresh import fresh_gpt2, train_tokenizer
 from dpo.models.generate import generate
@@ -31,6 +32,7 @@ from dpo.models.load import (
     load_tokenizer,
     max_positions,
     pick_device,
+    tokenizer_digest,
     weights_digest,
 )
 from dpo.train.prepare import (
@@ -40,7 +42,8 @@ from dpo.train.prepare import (
     make_encoder,
     seeded_choice,
 )
-from dpo.train.run import Run, load_train_prompts, open_run
+from dpo.train.run import TRAIN_PROMPTS, Run, load_train_prompts, open_run
+from dpo.train.stopping import stop_here
 
 log = logging.getLogger("dpo")
 
@@ -58,9 +61,17 @@ class Policy:
 
 
 def open_policy(
-    config: ModelConfig, texts: Sequence[str], seed: int, trust_remote_code: bool
+    config: ModelConfig,
+    texts: Sequence[str],
+    seed: int,
+    trust_remote_code: bool,
+    *,
+    key: str = "model",
 ) -> Policy:
     """Load a model, or make a fresh one with a tokenizer learnt from the texts.
+
+    Args:
+        key: what the user calls it, for messages.
 
     Raises:
         InputError: there is no such model, or the tokenizer does not fit it.
@@ -71,7 +82,9 @@ def open_policy(
         model = fresh_gpt2(**shape, tokenizer=tokenizer, seed=seed)
         return Policy(model.to(pick_device()), tokenizer, None, "fresh GPT-2")
     assert config.path is not None
-    source = find_model(config.path, revision=config.revision, trust_remote_code=trust_remote_code)
+    source = find_model(
+        config.path, revision=config.revision, trust_remote_code=trust_remote_code, key=key
+    )
     tokenizer = load_tokenizer(
         source
         if config.tokenizer is None
@@ -123,6 +136,7 @@ def opened_run(
             "template": {"name": encoder.template.name, "text": encoder.template.text},
             "max_length": encoder.max_length,
             "data_sha256": data.sha256,
+            "tokenizer_sha256": tokenizer_digest(policy.tokenizer),
             "model_sha256": weights_digest(policy.model),
             **digests,
         },
@@ -131,25 +145,44 @@ def opened_run(
     if run.finished:
         log.info("%s is finished; nothing to do.", run.folder)
     try:
-        yield run
+        with stop_here():
+            yield run
+    except InputError:
+        _withdraw(run)
+        raise
     finally:
         run.close()
 
 
-def model_saver(
-    config: RunConfig, policy: Policy, encoder: Encoder, method: str
-) -> Callable[[nn.Module, Path], None]:
-    """How the run writes its model folders."""
+def _withdraw(run: Run) -> None:
+    """Where a mistake of the user is found before the first step, the folder is free for the mended
+    command.
+    """
+    if not run.metrics_file.exists() and not run.checkpoints.exists():
+        for name in ("config.json", "manifest.json", TRAIN_PROMPTS):
+            (run.folder / name).unlink(missing_ok=True)
+
+
+def run_card(config: RunConfig, policy: Policy, encoder: Encoder, method: str, **more: str) -> str:
+    """The README of the run's model folders; `more` as in `model_card`."""
     settings = json.dumps(config.model_dump(mode="json", exclude={"out"}), indent=2)
     data = config.data.path if isinstance(config.data.path, str) else ", ".join(config.data.path)
-    card = model_card(
+    return model_card(
         title=Path(config.out).name,
         base=Path(policy.name).name if Path(policy.name).is_absolute() else policy.name,
         data=Path(data).name if Path(data).is_absolute() else data,
         template=encoder.template,
         method=method,
         settings=settings,
+        **more,
     )
+
+
+def model_saver(
+    config: RunConfig, policy: Policy, encoder: Encoder, method: str
+) -> Callable[[nn.Module, Path], None]:
+    """How the run writes its model folders."""
+    card = run_card(config, policy, encoder, method)
 
     def save(model: nn.Module, folder: Path) -> None:
         save_pretrained(
