@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types report bench clean help
+.PHONY: demo test lint types report bench chaos clean help
 
 help:            ## This list
 	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*##/\t/'
@@ -36,6 +36,9 @@ report: $(STAMP) ## Check every statement of the theory, then build report/repor
 bench: $(STAMP)  ## Our steps and sampler beside TRL's and transformers': DATA=folder for real text
 	$(BIN)/python benchmarks/compare.py all $(if $(DATA),--data-folder $(DATA))
 	$(BIN)/python benchmarks/report.py
+
+chaos: $(STAMP)  ## Kill 100 training runs at random moments; resumed, they must end bit for bit alike
+	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
 
 clean:           ## Remove the environment
 	rm -rf $(VENV)

@@ -22,7 +22,9 @@ _STORAGE_FAILURES = {
     errno.EACCES: "writing there is not permitted",
     errno.EPERM: "writing there is not permitted",
     errno.EEXIST: "a file of that name is in the way",
+    errno.EISDIR: "a folder of that name is in the way",
     errno.ENOTDIR: "a part of the path is a file",
+    errno.ENAMETOOLONG: "the name is too long",
     errno.ENOENT: "its folder does not exist",
 }
 _RUST_OS_ERROR = re.compile(r"os error (\d+)")

@@ -36,7 +36,10 @@ COMMON = {
     "evaluation": EVALUATION,
 }
 CANARY = "canary-in-the-environment"
-TIMINGS = {"seconds", "tokens_per_second", "rows_per_second", "peak_memory_bytes", "eval/seconds"}
+SAVE = {"save/seconds", "save/bytes", "save/blocked_seconds"}
+TIMINGS = SAVE | {
+    *("seconds", "tokens_per_second", "rows_per_second", "peak_memory_bytes", "eval/seconds")
+}
 """Metrics that differ between two equal runs."""
 
 
@@ -162,22 +165,26 @@ def sha256(file: Path) -> str:
 
 
 def metrics_of(folder: Path) -> list[dict]:
-    """What was logged, without timings."""
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(folder)]
+    """What was logged, without timings. A save's line holds nothing else, and where it stands
+    depends on when the disk was ready.
+    """
+    rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(folder)]
+    return [row for row in rows if row.keys() != {"step"}]
 
 
 def outcome(folder: Path) -> dict[str, object]:
     """All that a finished run computed: equal outcomes are equal bit for bit."""
     newest = max((folder / "checkpoints").glob("step-*"))
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    del state["seconds"]
     files = [
-        newest / "model.safetensors",
-        newest / "optimizer.safetensors",
+        *newest.glob("*.safetensors"),
         folder / "best" / "model.safetensors",
         folder / "model" / "model.safetensors",
-        folder / "samples" / "final.jsonl",
+        *folder.glob("samples/*.jsonl"),
     ]
-    found = {str(file.relative_to(folder)): sha256(file) for file in files}
-    return {**found, "metrics": metrics_of(folder)}
+    found = {str(file.relative_to(folder)): sha256(file) for file in sorted(files)}
+    return {**found, "state": state, "metrics": metrics_of(folder)}
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -130,7 +130,7 @@ def test_a_dropped_share_above_the_limit_stops_and_says_how_to_allow_it(encoder)
 
 def test_dropping_everything_is_never_allowed():
     check_dropped(0, 0, reason="none", allowed=0.0)
-    with pytest.raises(InputError, match=r"3 of 3 rows \(100\.0%\)"):
+    with pytest.raises(InputError, match=r"All 3 rows would be dropped: all\. Mend them"):
         check_dropped(3, 3, reason="all", allowed=1.0)
 
 

@@ -1,6 +1,8 @@
 """Reference log-probabilities: cached by all that decides them, never stale."""
 
 import copy
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from dpo.models.load import weights_digest
 from dpo.models.scoring import response_logps
 from dpo.train import reference
 from dpo.train.reference import cache_folder, cache_key, reference_logps, score_all
+from train.small_runs import forked
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +169,37 @@ def test_cache_folder_is_the_users_unless_it_is_named(monkeypatch, tmp_path):
 def test_nothing_but_the_values_is_left_in_the_cache(model, sequences):
     cached(model, sequences)
     assert cache_file().suffix == ".safetensors"
+
+
+@pytest.mark.parametrize(("interval", "num_kept"), [(0.0, 8), (3600.0, 0)])
+def test_a_kill_costs_what_was_scored_since_it_was_last_kept(
+    model, sequences, monkeypatch, tmp_path, interval, num_kept
+):
+    monkeypatch.setattr(reference, "CHUNK", 4)
+    monkeypatch.setattr(reference, "KEEP_SECONDS", interval)
+    expected, _ = cached(model, sequences)
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
+    score, chunks = reference.response_logps, []
+
+    def counted(*arguments, **options):
+        chunks.append(arguments)
+        return score(*arguments, **options)
+
+    def killed():
+        def deadly(*arguments, **options):
+            counted(*arguments, **options)
+            if len(chunks) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return score(*arguments, **options)
+
+        monkeypatch.setattr(reference, "response_logps", deadly)
+        cached(model, sequences)
+
+    assert forked(killed) == -signal.SIGKILL
+    assert sum(1 for _ in tmp_path.rglob("*.safetensors")) == (num_kept > 0)
+    monkeypatch.setattr(reference, "response_logps", counted)
+    values, from_cache = cached(model, sequences)
+    assert not from_cache
+    assert torch.equal(values, expected)
+    assert len(chunks) == (len(sequences) - num_kept) / 4
+    assert cached(model, sequences)[1]

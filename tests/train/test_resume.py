@@ -13,7 +13,8 @@ from functools import cache
 import pytest
 
 from dpo.errors import CheckpointError, DivergedError, Stopped, StorageError
-from dpo.train import loop
+from dpo.train import checkpoint, jobs, loop, reference
+from dpo.train import run as run_module
 from dpo.train.jobs import train_preference, train_sft
 from dpo.train.run import Run, read_manifest, read_metrics
 from train.small_runs import (
@@ -284,7 +285,7 @@ def test_a_huge_learning_rate_ends_with_exit_code_three_and_is_logged_as_it_is(t
     assert "Step 2: the loss is nan" in said.err
     assert "synthetic:" in said.err  # a row of the batch
     assert "Traceback" not in said.all
-    rows = read_metrics(tmp_path / "run")
+    rows = metrics_of(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[-1]["loss"] == "nan"
     assert "learning_rate" not in rows[-1]  # no update was made
@@ -293,7 +294,7 @@ def test_a_huge_learning_rate_ends_with_exit_code_three_and_is_logged_as_it_is(t
 
     again = dpo("sft", *words)  # from the last checkpoint, to the same end
     assert again.code == 3
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("every", [1, 100])
@@ -325,21 +326,145 @@ def test_a_model_that_is_not_finite_is_said_before_any_step(tmp_path):
     assert not (tmp_path / "run" / "best").exists()
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_of_either_kind_ends_at_once(second, tmp_path):
     def stopped_twice():
         step = loop.training_step
 
         def interrupted(*arguments, **options):
             os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), second)
             return step(*arguments, **options)
 
         loop.training_step = interrupted
         train("sft", tmp_path / "run")
 
-    assert forked(stopped_twice) == -signal.SIGTERM
+    assert forked(stopped_twice) == -second
     train("sft", tmp_path / "run")
     assert outcome(tmp_path / "run") == uninterrupted("sft")
+
+
+def test_a_signal_in_the_middle_of_a_save_stops_after_the_next_step_which_is_saved(tmp_path):
+    def stopped():
+        take = checkpoint.snapshot
+
+        def interrupted(policy, optimizer, state, **options):
+            if state["step"] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return take(policy, optimizer, state, **options)
+
+        checkpoint.snapshot = interrupted
+        train("sft", tmp_path / "run")
+
+    assert forked(stopped) == Stopped.exit_code
+    kept = sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000003"]
+
+
+def test_a_signal_before_the_first_step_says_how_to_go_on_and_what_is_scored_is_kept(
+    tmp_path, monkeypatch
+):
+    sft_run()
+    monkeypatch.setattr(reference, "CHUNK", 16)
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "other cache"))
+    expected = outcome(train("dpo", tmp_path / "whole"))
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
+    score, scored = reference.response_logps, []
+
+    def counted(model, sequences, **options):
+        scored.append([sequence.ids for sequence in sequences])
+        if len(scored) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(model, sequences, **options)
+
+    monkeypatch.setattr(reference, "response_logps", counted)
+    with pytest.raises(Stopped, match=r"^Stopped by SIGTERM\. The same command goes on from here"):
+        train("dpo", tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert len(scored) == 3
+    train("dpo", tmp_path / "run")
+    first, again = scored[:3], scored[3:]
+    assert again[0] == first[2]  # it had not ended
+    assert len(again) > 3
+    assert not [chunk for chunk in again if chunk in first[:2]]
+    assert outcome(tmp_path / "run") == expected
+
+
+def test_a_signal_after_the_last_step_leaves_the_rest_to_the_next_start(tmp_path):
+    def stopped():
+        jobs.write_samples = lambda *arguments: os.kill(os.getpid(), signal.SIGINT)
+        train("sft", tmp_path / "run")
+
+    assert forked(stopped) == Stopped.exit_code
+    assert (tmp_path / "run" / "model").is_dir()
+    assert read_manifest(tmp_path / "run")["status"] == "started"
+    train("sft", tmp_path / "run")
+    assert outcome(tmp_path / "run") == uninterrupted("sft")
+
+
+def test_a_save_tells_its_bytes_and_what_it_cost(tmp_path):
+    uninterrupted("dpo")
+    folder = scratch() / "uninterrupted dpo"
+    saves = {row["step"]: row for row in read_metrics(folder) if "save/bytes" in row}
+    assert saves.keys() == {2, 4, 6}
+    for step in (4, 6):
+        files = (folder / "checkpoints" / f"step-{step:08d}").iterdir()
+        assert saves[step]["save/bytes"] == sum(file.stat().st_size for file in files)
+    assert all(0 < row["save/seconds"] < 60 for row in saves.values())
+    assert all(0 <= row["save/blocked_seconds"] < 60 for row in saves.values())
+
+
+def test_a_checkpoint_names_what_it_was_made_of():
+    uninterrupted("sft")
+    folder = scratch() / "uninterrupted sft"
+    manifest = json.loads((folder / "checkpoints" / "step-00000006" / "MANIFEST.json").read_text())
+    resolved = json.loads((folder / "config.json").read_text())["resolved"]
+    assert manifest["origin"].keys() == {"config", "data", "tokenizer", "code"}
+    for name in ("data", "tokenizer"):
+        assert manifest["origin"][name] == resolved[f"{name}_sha256"]
+    assert manifest["origin"]["code"] == read_manifest(folder)["code_sha256"]
+
+
+def test_checkpoints_of_another_run_are_refused_though_the_folder_was_swapped(tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+
+    def stopped(folder, changes):
+        stop_at(3, signal.SIGTERM)
+        train_sft(sft_config(folder, changes))
+
+    assert forked(lambda: stopped(own, {})) == 75
+    assert forked(lambda: stopped(other, {"seed": 1, "data.synthetic.seed": 1})) == 75
+    shutil.rmtree(own / "checkpoints")
+    shutil.copytree(other / "checkpoints", own / "checkpoints")
+    said = dpo("sft", *words_of(sft_config(own)))
+    assert said.code == CheckpointError.exit_code
+    problem = "by its MANIFEST.json it is of a run with another config and data"
+    assert f"step-00000003: {problem}" in said.err
+    assert (own / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_a_run_goes_on_under_other_code_and_says_what_that_means(tmp_path, caplog):
+    def stopped():
+        run_module.code_digest = lambda: "earlier code"
+        stop_at(3, signal.SIGTERM)
+        train("sft", tmp_path / "run")
+
+    assert forked(stopped) == 75
+    train("sft", tmp_path / "run")
+    assert "The checkpoint was written by other code" in caplog.text
+    assert outcome(tmp_path / "run") == uninterrupted("sft")
+
+
+def test_another_tokenizer_under_the_same_name_is_refused(tmp_path):
+    shutil.copytree(sft_run() / "model", tmp_path / "start")
+    config = {"model.path": str(tmp_path / "start"), "max_steps": 1}
+    train_preference(dpo_config(tmp_path / "run", config))
+    tokenizer = json.loads((tmp_path / "start" / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    (tmp_path / "start" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    said = dpo("train", *words_of(dpo_config(tmp_path / "run", config)))
+    assert said.code == 2
+    assert "resolved.tokenizer_sha256" in said.err
 
 
 def test_a_real_process_stops_by_sigterm_with_its_sentence_and_keeps_others_out(tmp_path):

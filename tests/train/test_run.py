@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from dpo.errors import InputError, StorageError
+from dpo.train import run as run_module
 from dpo.train.run import (
+    arithmetic,
+    code_digest,
     load_train_prompts,
     open_run,
     read_manifest,
@@ -32,7 +35,9 @@ def test_a_new_run_writes_down_what_was_asked_and_what_it_was_made_of(tmp_path):
     manifest = read_manifest(folder)
     assert manifest["status"] == "started"
     assert manifest["versions"]["torch"].startswith("2.")
-    assert {"python", "platform", "device", "num_threads", "commit", "created"} <= manifest.keys()
+    assert {"python", "platform", "commit", "created", "code_sha256"} <= manifest.keys()
+    assert arithmetic() == {name: manifest[name] for name in arithmetic()}
+    assert {"device", "num_threads", "cpu_capability", "versions"} <= arithmetic().keys()
 
 
 def test_the_same_run_is_opened_again(tmp_path):
@@ -40,6 +45,70 @@ def test_the_same_run_is_opened_again(tmp_path):
     created = read_manifest(tmp_path / "run")["created"]
     opened(tmp_path / "run")
     assert read_manifest(tmp_path / "run")["created"] == created
+
+
+def test_a_run_that_goes_on_elsewhere_is_told_and_the_manifest_says_it(
+    tmp_path, monkeypatch, caplog
+):
+    opened(tmp_path / "run")
+    opened(tmp_path / "run")
+    assert not caplog.records
+    assert "changes" not in read_manifest(tmp_path / "run")
+    there = arithmetic()
+    here = there | {"num_threads": 64, "versions": there["versions"] | {"torch": "9.9"}}
+    monkeypatch.setattr(run_module, "arithmetic", lambda: here)
+    for _ in range(2):
+        opened(tmp_path / "run")
+    torch_version = there["versions"]["torch"]
+    changes = [
+        f"num_threads: {there['num_threads']} there, 64 now",
+        f'versions.torch: "{torch_version}" there, "9.9" now',
+    ]
+    assert read_manifest(tmp_path / "run")["changes"] == changes
+    assert "; ".join(changes) in caplog.text
+    assert "need not end bit for bit" in caplog.text
+
+
+def test_a_finished_run_is_told_nothing_of_where_it_is_opened(tmp_path, monkeypatch, caplog):
+    opened(tmp_path / "run").update_manifest(status="finished")
+    monkeypatch.setattr(run_module, "arithmetic", lambda: arithmetic() | {"num_threads": 64})
+    opened(tmp_path / "run")
+    assert not caplog.records
+
+
+def test_checkpoints_of_a_run_carry_the_digests_of_what_it_is_made_of(tmp_path):
+    origin = opened(tmp_path / "run").origin
+    assert origin.parts == {"data": "a"}
+    assert origin.code == code_digest() == read_manifest(tmp_path / "run")["code_sha256"]
+    assert opened(tmp_path / "moved").origin == origin  # the folder is no part of it
+    others = [{"seed": 1}, {"loss": {"beta": 0.2}}, {"resolved": {"data_sha256": "b"}}]
+    for number, changes in enumerate(others):
+        assert opened(tmp_path / f"other {number}", **changes).origin.config != origin.config
+
+
+def test_the_codes_digest_changes_with_any_source_file_and_any_library(tmp_path, monkeypatch):
+    (tmp_path / "core").mkdir()
+    source = tmp_path / "core" / "losses.py"
+    source.write_text("beta = 0.1")
+
+    def digest():
+        code_digest.cache_clear()
+        return code_digest()
+
+    try:
+        monkeypatch.setattr(run_module, "PACKAGE", tmp_path)
+        found = {digest()}
+        source.write_text("beta = 0.2")
+        found.add(digest())
+        (tmp_path / "notes.txt").write_text("not code")
+        assert digest() in found
+        source.rename(tmp_path / "losses.py")
+        found.add(digest())
+        monkeypatch.setattr(run_module, "LIBRARIES", ("torch",))
+        found.add(digest())
+        assert len(found) == 4
+    finally:
+        code_digest.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpo.atomic import replace_folder, write_json
+from dpo.atomic import fsync_folder, replace_folder, storage_errors, write_json
 from dpo.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
@@ -27,62 +30,123 @@ log = logging.getLogger("dpo")
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a run's checkpoints are made of, by SHA-256. The manifest of each holds it, so that one
+    which was copied or left behind from elsewhere does not pass for one of this run.
+    """
+
+    config: str
+    """Of everything that decides the run's result (`config.json`). With another one, the state
+    belongs to another run, and the checkpoint is not used."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Of what `config` covers already, under names ("data", "tokenizer"): they only say what it is
+    that differs."""
+    code: str = ""
+    """Of this package's sources and the versions of what it computes with. With another one the
+    run goes on, with a warning: an update in the middle of a run is nobody's mistake, but bit for
+    bit equality with an uninterrupted run is promised for the same code only."""
+
+    def as_json(self) -> dict[str, str]:
+        return {"config": self.config, **self.parts, "code": self.code}
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint that verified: its folder and the small state beside the tensors."""
 
     folder: Path
     state: dict[str, Any]
+    code: str = ""
+    """The digest of the code that wrote it, empty where its manifest has none."""
 
     @property
     def step(self) -> int:
         return int(self.state["step"])
 
 
-def save(
-    root: Path,
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Copies of all that a checkpoint holds: training may go on while they are written."""
+
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+    """By file name, on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A checkpoint on the disk, and what it took."""
+
+    folder: Path
+    num_bytes: int
+    seconds: float
+
+
+def snapshot(
     policy: nn.Module,
     optimizer: Optimizer,
     state: dict[str, Any],
     *,
     companion: nn.Module | None = None,
-    tensors: dict[str, Tensor] | None = None,
-) -> Path:
-    """Write `root/step-N` with weights, optimizer and state, and drop all but the newest two.
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Snapshot:
+    """Copy what a checkpoint must hold, exactly, as it is between two steps.
 
     The random state needs no saving: order, dropout and samples are functions of seed and step.
 
     Args:
-        root: the run's `checkpoints` folder.
         policy: its parameters are saved by name, tied ones once.
         optimizer: AdamW over the policy's parameters.
         state: JSON; must hold `step`, the number of optimizer steps taken.
         companion: another model that changes while training: a moving reference.
         tensors: what the method carries from step to step: samples that it still trains on.
     """
-    folder = root / f"step-{int(state['step']):08d}"
+    files: dict[str, Mapping[str, Tensor]] = {
+        "model.safetensors": _weights(policy),
+        "optimizer.safetensors": _optimizer_tensors(policy, optimizer),
+    }
+    if companion is not None:
+        files[COMPANION] = _weights(companion)
+    if tensors:
+        files[METHOD] = tensors
+    copies = {
+        file: {name: _copy(tensor) for name, tensor in content.items()}
+        for file, content in files.items()
+    }
+    return Snapshot(copy.deepcopy(state), copies)
+
+
+def write(root: Path, taken: Snapshot, origin: Origin) -> Written:
+    """Write `root/step-N` whole, on the disk when this returns, and drop all but the newest two.
+
+    Raises:
+        StorageError: the disk is full, read-only or gone; older checkpoints are as they were.
+    """
+    started = time.perf_counter()
+    folder = root / f"step-{int(taken.state['step']):08d}"
+    with storage_errors(root):
+        root.mkdir(exist_ok=True)
+        fsync_folder(root.parent)
     with replace_folder(folder) as temporary:
-        save_file(_weights(policy), temporary / "model.safetensors")
-        save_file(_optimizer_tensors(policy, optimizer), temporary / "optimizer.safetensors")
-        if companion is not None:
-            save_file(_weights(companion), temporary / COMPANION)
-        if tensors:
-            save_file(tensors, temporary / METHOD)
-        write_json(temporary / "state.json", state)
+        for name, tensors in taken.tensors.items():
+            save_file(tensors, temporary / name)
+        write_json(temporary / "state.json", taken.state)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)}
             for file in sorted(temporary.iterdir())
         }
-        write_json(temporary / MANIFEST, {"files": files})
+        write_json(temporary / MANIFEST, {"files": files, "origin": origin.as_json()})
+        num_bytes = sum(file.stat().st_size for file in temporary.iterdir())
     # What is newer than this step did not verify when the run was resumed, and comes again.
     until_now = sorted(old for old in root.glob("step-*") if old.name <= folder.name)
     for old in root.glob("step-*"):
         if old not in until_now[-NUM_KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
-    return folder
+    return Written(folder, num_bytes, time.perf_counter() - started)
 
 
-def newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None where none was ever written.
+def newest(root: Path, origin: Origin) -> Checkpoint | None:
+    """The newest checkpoint of this run that verifies, or None where none was ever written.
 
     Raises:
         CheckpointError: there are checkpoints and none can be trusted.
@@ -90,12 +154,13 @@ def newest(root: Path) -> Checkpoint | None:
     folders = sorted(root.glob("step-*"), reverse=True)
     problems: list[str] = []
     for folder in folders:
-        problem = verify(folder)
+        problem = verify(folder, origin)
         if problem is None:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            return Checkpoint(folder, state)
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            return Checkpoint(folder, state, str(manifest["origin"].get("code", "")))
         problems.append(f"{folder.name}: {problem}")
-        log.warning("Checkpoint %s is damaged (%s); trying the one before.", folder, problem)
+        log.warning("Checkpoint %s is not used (%s); trying the one before.", folder, problem)
     if problems:
         raise CheckpointError(
             f"{root}: no checkpoint can be trusted ({'; '.join(problems)}). "
@@ -104,11 +169,14 @@ def newest(root: Path) -> Checkpoint | None:
     return None
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: sizes and SHA-256 against its manifest."""
+def verify(folder: Path, origin: Origin) -> str | None:
+    """What is wrong with a checkpoint, or None: sizes and SHA-256 of its files against its
+    manifest, and the run that it is of against this one.
+    """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): dict(entry) for name, entry in files.items()}
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = {str(name): dict(entry) for name, entry in manifest["files"].items()}
+        claimed = dict(manifest["origin"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or damaged"
     for required in ("model.safetensors", "optimizer.safetensors", "state.json"):
@@ -122,7 +190,9 @@ def verify(folder: Path) -> str | None:
             return f"{name} has {file.stat().st_size} bytes, not {entry.get('bytes')}"
         if _digest(file) != entry.get("sha256"):
             return f"{name} does not have the digest it was saved with"
-    return None
+    own = {"config": origin.config, **origin.parts}
+    other = [name for name, digest in own.items() if claimed.get(name) != digest]
+    return f"by its {MANIFEST} it is of a run with another {' and '.join(other)}" if other else None
 
 
 def restore(
@@ -179,6 +249,10 @@ def _optimizer_tensors(policy: nn.Module, optimizer: Optimizer) -> dict[str, Ten
         for name, parameter in policy.named_parameters()
         for entry, tensor in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _digest(file: Path) -> str:

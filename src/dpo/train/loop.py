@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -25,8 +23,10 @@ from dpo.errors import DivergedError, Stopped
 from dpo.models.recompute import recompute_without_dropout
 from dpo.progress import counting
 from dpo.train import checkpoint
+from dpo.train.background import CheckpointWriter
 from dpo.train.run import Run
 from dpo.train.schedule import adamw, learning_rate
+from dpo.train.stopping import GO_ON, stop_after_step
 
 log = logging.getLogger("dpo")
 
@@ -190,13 +190,6 @@ class NonFiniteStep(DivergedError):
         self.metrics = metrics
 
 
-@dataclass
-class StopRequest:
-    """Set by SIGTERM or SIGINT; the loop saves and leaves after the step at hand."""
-
-    signal: int | None = field(default=None)
-
-
 def total_steps(config: TrainingConfig, num_rows: int) -> int:
     """Optimizer steps of the whole run."""
     if config.max_steps is not None:
@@ -215,6 +208,7 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
             as it is and never saved.
         Stopped: SIGTERM or SIGINT came; the state is saved.
         CheckpointError: there are checkpoints and none can be trusted.
+        StorageError: a checkpoint cannot be written; the older ones stay.
     """
     settings = config.optimizer
     optimizer = adamw(
@@ -232,12 +226,14 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
 
     detail = "loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
     with (
-        _stop_request() as stop,
+        stop_after_step() as stop,
+        CheckpointWriter(run) as writer,
         counting("Training", total, done=progression.step, detail=detail) as advance,
     ):
         if progression.step == 0:
             _evaluate(method, policy, progression, run, every)
         while progression.step < total:
+            writer.poll()
             started = time.perf_counter()
             try:
                 metrics = training_step(method, policy, optimizer, config, step=progression.step)
@@ -254,12 +250,13 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
             last = progression.step == total
             if last or progression.step % evaluate_every == 0:
                 _evaluate(method, policy, progression, run, every)
-            if last or stop.signal is not None or progression.step % save_every == 0:
-                _save(method, policy, optimizer, progression, run)
-            if stop.signal is not None and not last:
+            stopping = stop.signal is not None  # asked once: what is not saved is not called so
+            if last or stopping or progression.step % save_every == 0:
+                _save(method, policy, optimizer, progression, writer)
+            if stopping and not last:
+                writer.finish()
                 raise Stopped(
-                    f"Stopped at step {progression.step} of {total}; the state is saved. "
-                    "The same command goes on from here."
+                    f"Stopped at step {progression.step} of {total}; the state is saved. {GO_ON}"
                 )
     with replace_folder(run.folder / "model") as folder:
         method.save_model(policy, folder)
@@ -377,10 +374,15 @@ def _resume(
     method: Method, policy: nn.Module, optimizer: torch.optim.Optimizer, run: Run
 ) -> Progression:
     """Go on from the newest checkpoint that verifies, or start."""
-    found = checkpoint.newest(run.checkpoints)
+    found = checkpoint.newest(run.checkpoints, run.origin)
     if found is None:
         run.forget_after(-1)
         return Progression()
+    if found.code != run.origin.code:
+        log.warning(
+            "The checkpoint was written by other code (dpo or a library has changed since); the "
+            "run goes on, but need not end bit for bit as it would have."
+        )
     checkpoint.restore(found, policy, optimizer, companion=method.companion())
     method.restore(found.state.get("method", {}), checkpoint.method_tensors(found))
     run.forget_after(found.step)
@@ -393,24 +395,25 @@ def _save(
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
     progression: Progression,
-    run: Run,
+    writer: CheckpointWriter,
 ) -> None:
+    """Copy the state as it is now, and let it be written while training goes on."""
     for name, parameter in policy.named_parameters():
         if not parameter.isfinite().all():
             raise DivergedError(
                 f"Step {progression.step}: its update made {name} overflow; it is not saved and "
                 "the last checkpoint stays. Try a smaller learning rate."
             )
-    run.checkpoints.mkdir(exist_ok=True)
-    state = progression.as_state() | {"method": method.state()}
-    checkpoint.save(
-        run.checkpoints,
+    writer.finish()  # before the copy is made: there are never two
+    started = time.perf_counter()
+    taken = checkpoint.snapshot(
         policy,
         optimizer,
-        state,
+        progression.as_state() | {"method": method.state()},
         companion=method.companion(),
         tensors=method.tensors(),
     )
+    writer.start(taken, copy_seconds=time.perf_counter() - started)
 
 
 def _evaluate(
@@ -465,26 +468,3 @@ def peak_memory_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextmanager
-def _stop_request() -> Iterator[StopRequest]:
-    """Inside, the first SIGTERM or SIGINT asks for a stop after the step; a second ends at once."""
-    request = StopRequest()
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        request.signal = number
-        log.warning("Stopping after this step (again to stop at once).")
-        signal.signal(number, signal.SIG_DFL)
-
-    try:
-        for stop_signal in (signal.SIGTERM, signal.SIGINT):
-            previous[stop_signal] = signal.signal(stop_signal, handle)
-    except ValueError:  # not the main thread: its owner decides when to stop
-        previous = {}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

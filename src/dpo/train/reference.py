@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +26,9 @@ SCORING_VERSION = 2
 
 CHUNK = 256
 """Sequences scored between two reports of progress."""
+
+KEEP_SECONDS = 30.0
+"""Between two writings of what is scored so far: what a kill costs at most."""
 
 
 def cache_folder() -> Path:
@@ -63,19 +68,36 @@ def reference_logps(
 ) -> tuple[Tensor, bool]:
     """`log pi_ref(response | prompt)` of each sequence, (S,), float64, and whether the cache had
     them.
+
+    What is scored is kept at intervals, and when it is stopped or fails; the next call goes on.
     """
     key = cache_key(reference, sequences, precision=precision, max_tokens=max_tokens)
     file = cache_folder() / "reference" / f"{key}.safetensors"
-    cached = _read(file, len(sequences))
-    if cached is not None:
-        return cached, True
-    values = score_all(
-        reference, sequences, precision=precision, max_tokens=max_tokens, progress=progress
-    )
-    with storage_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(file) as temporary:
-        save_file({"logps": values}, temporary, metadata={"sha256": _digest(values)})
+    values = _read(file, len(sequences))
+    if values is None:
+        values = torch.full((len(sequences),), math.nan, dtype=torch.float64)
+    elif not values.isnan().any():
+        return values, True
+    kept = time.monotonic()
+
+    def keep_at_intervals(done: int) -> None:
+        nonlocal kept
+        progress(done)
+        if time.monotonic() - kept >= KEEP_SECONDS:
+            _write(file, values)
+            kept = time.monotonic()
+
+    try:
+        score_all(
+            reference,
+            sequences,
+            precision=precision,
+            max_tokens=max_tokens,
+            progress=keep_at_intervals,
+            values=values,
+        )
+    finally:
+        _write(file, values)
     return values, False
 
 
@@ -86,17 +108,24 @@ def score_all(
     precision: str,
     max_tokens: int,
     progress: Callable[[int], None] = lambda done: None,
+    values: Tensor | None = None,
 ) -> Tensor:
-    """Log-probabilities of many responses without gradients, (S,), float64, on the CPU."""
+    """Log-probabilities of many responses without gradients, (S,), float64, on the CPU.
+
+    Args:
+        values: filled in place where given; what is not NaN is known already.
+    """
     order = _longest_prompt_first(sequences)
-    values = torch.empty(len(sequences), dtype=torch.float64)
+    if values is None:
+        values = torch.full((len(sequences),), math.nan, dtype=torch.float64)
     model.eval()
     with torch.no_grad():
         for start in range(0, len(order), CHUNK):
             chosen = order[start : start + CHUNK]
-            members = [sequences[i] for i in chosen]
-            logps = response_logps(model, members, precision=precision, max_tokens=max_tokens)
-            values[chosen] = logps.cpu()
+            if values[chosen].isnan().any():  # a chunk is scored whole: its bits depend on it
+                members = [sequences[i] for i in chosen]
+                logps = response_logps(model, members, precision=precision, max_tokens=max_tokens)
+                values[chosen] = logps.cpu()
             progress(len(chosen))
     return values
 
@@ -110,8 +139,16 @@ def _longest_prompt_first(sequences: Sequence[TokenSequence]) -> list[int]:
     return [i for group in longest_first for i in group]
 
 
+def _write(file: Path, values: Tensor) -> None:
+    """Keep values; NaN stands where there is none yet."""
+    with storage_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(file) as temporary:
+        save_file({"logps": values}, temporary, metadata={"sha256": _digest(values)})
+
+
 def _read(file: Path, num_sequences: int) -> Tensor | None:
-    """Cached values; a damaged file counts as none."""
+    """Kept values; a damaged file counts as none."""
     try:
         with safe_open(file, framework="pt") as cached:
             values: Tensor = cached.get_tensor("logps")

@@ -5,7 +5,9 @@ time.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -13,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 from pathlib import Path
@@ -32,9 +35,13 @@ from dpo.atomic import (
     write_text,
 )
 from dpo.errors import InputError
+from dpo.train.checkpoint import Origin
 
 LIBRARIES = ("direct-preference-optimization", "torch", "transformers", "tokenizers", "numpy")
 TRAIN_PROMPTS = "train_prompts.safetensors"
+PACKAGE = Path(__file__).parents[1]
+
+log = logging.getLogger("dpo")
 
 
 @dataclass
@@ -43,6 +50,8 @@ class Run:
 
     folder: Path
     lock: TextIOWrapper
+    origin: Origin
+    """What its checkpoints are made of."""
     _tensorboard: Any = field(default=None)
 
     @property
@@ -70,6 +79,11 @@ class Run:
         for name, value in row.items():
             if isinstance(value, int | float) and name != "step":
                 self._tensorboard.add_scalar(name, value, int(row["step"]))
+
+    def sync_metrics(self) -> None:
+        """Make the metrics so far survive a loss of power."""
+        with storage_errors(self.metrics_file), self.metrics_file.open("rb") as stream:
+            os.fsync(stream.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics so far."""
@@ -129,9 +143,11 @@ def open_run(folder: Path, identity: Mapping[str, Any]) -> Run:
         _claim(folder, identity)
         with storage_errors(folder):
             clean_up(folder)
-        run = Run(folder, lock)
+        run = Run(folder, lock, _origin(identity))
         if not (folder / "manifest.json").exists():
             run.update_manifest(status="started", **environment())
+        elif not run.finished:
+            _note_changes(run)
     except BaseException:
         lock.close()
         raise
@@ -159,6 +175,33 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
             f"out: {folder} holds a run with other settings; name a new folder, or set them "
             f"back:\n{lines}"
         )
+
+
+def _origin(identity: Mapping[str, Any]) -> Origin:
+    """The digests that the run's checkpoints carry."""
+    canonical = json.dumps(jsonable(dict(identity)), sort_keys=True)
+    resolved = identity.get("resolved", {})
+    named = {name: resolved.get(f"{name}_sha256") for name in ("data", "tokenizer")}
+    return Origin(
+        config=hashlib.sha256(canonical.encode()).hexdigest(),
+        parts={name: digest for name, digest in named.items() if digest is not None},
+        code=code_digest(),
+    )
+
+
+def _note_changes(run: Run) -> None:
+    """Say, and write into the manifest, where a run that goes on computes otherwise than before."""
+    manifest, now = read_manifest(run.folder), jsonable(arithmetic())
+    before = {name: manifest[name] for name in now if name in manifest}
+    differences = list(_differences(before, {name: now[name] for name in before}))
+    if differences:
+        log.warning(
+            "This run was begun elsewhere; it goes on, but need not end bit for bit as it would "
+            "have there (%s).",
+            "; ".join(differences),
+        )
+        known = manifest.get("changes", [])
+        run.update_manifest(changes=list(dict.fromkeys([*known, *differences])))
 
 
 def _lock(folder: Path) -> TextIOWrapper:
@@ -201,14 +244,40 @@ def environment() -> dict[str, Any]:
     """What a result depends on beside its configuration: versions, commit, hardware, threads."""
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {name: _version(name) for name in LIBRARIES},
         "python": platform.python_version(),
         "commit": _commit(),
+        "code_sha256": code_digest(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu_count": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
+        **arithmetic(),
     }
+
+
+def arithmetic() -> dict[str, Any]:
+    """What two runs of one configuration and one code must share to be equal bit for bit: a sum in
+    another order, in another library or on another processor is rounded otherwise.
+    """
+    return {
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cuda": torch.version.cuda,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+    }
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 of the package's own sources, installed or not, and of the libraries' versions."""
+    digest = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        digest.update(f"{file.relative_to(PACKAGE).as_posix()} ".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    digest.update(json.dumps({name: _version(name) for name in LIBRARIES}).encode())
+    return digest.hexdigest()
 
 
 def _version(name: str) -> str:
