@@ -97,9 +97,9 @@ def by_hand(
             cumulative = list(itertools.accumulate(weights))
             token = next(v for v, c in enumerate(cumulative) if c > u * cumulative[-1])
         if token in stop_ids:
-            return SampledResponse(tuple(new), truncated=False)
+            return SampledResponse(tuple(new), end=token)
         new.append(token)
-    return SampledResponse(tuple(new), truncated=True)
+    return SampledResponse(tuple(new), end=None)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -466,7 +466,8 @@ def test_nothing_more_is_computed_when_every_response_has_ended(
     model = sharp("gpt2")
     shapes = shapes_fed(model, monkeypatch)
     found = sample(model, random_prompts(), stop_ids=list(range(VOCAB)))
-    assert found == [SampledResponse((), truncated=False)] * 9
+    assert [(one.ids, one.truncated) for one in found] == [((), False)] * 9
+    assert len({one.end for one in found}) > 1  # each ended with the token that it drew
     assert shapes == [(9, 30)]
 
 

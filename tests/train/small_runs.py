@@ -36,6 +36,8 @@ COMMON = {
     "evaluation": EVALUATION,
 }
 CANARY = "canary-in-the-environment"
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "GITHUB_TOKEN")
+"""Variables that hold the canary while a command runs; no command may print it."""
 SAVE = {"save/seconds", "save/bytes", "save/blocked_seconds"}
 TIMINGS = SAVE | {
     *("seconds", "tokens_per_second", "rows_per_second", "peak_memory_bytes", "eval/seconds")
@@ -62,7 +64,8 @@ def dpo(*words: object) -> Said:
     log = logging.getLogger("dpo")
     before = log.handlers, log.level, log.propagate
     out, err = io.StringIO(), io.StringIO()
-    argv, environment = ["dpo", *map(str, words)], {"COLUMNS": "200", "HF_TOKEN": CANARY}
+    argv = ["dpo", *map(str, words)]
+    environment = {"COLUMNS": "200", **dict.fromkeys(SECRETS, CANARY)}
     code: object = 0
     try:
         with (
@@ -76,8 +79,10 @@ def dpo(*words: object) -> Said:
         code = leaving.code
     finally:
         log.handlers, log.level, log.propagate = before
+    raw = out.getvalue() + err.getvalue()
+    assert CANARY not in raw
     texts = [" ".join(stream.getvalue().split()) for stream in (out, err)]
-    return Said(int(code or 0), *texts, out.getvalue() + err.getvalue())
+    return Said(int(code or 0), *texts, raw)
 
 
 def merged(values: dict, changes: dict) -> dict:

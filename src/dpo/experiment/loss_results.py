@@ -280,13 +280,25 @@ def _row(
         **_rewards_and_wins(rewards[label], wins[label]),
         reward_lowest_seed=min(by_seed),
         reward_highest_seed=max(by_seed),
+        **_over_seeds("reward", by_seed),
         kl=mean(lambda m: m.kl),
         kl_stderr=kl_stderr,
+        **_over_seeds("kl", [m.kl for m in found]),
         # Before training nothing has gained on anything: every pair of the SFT model is a tie.
         accuracy=None if kind == "start" else mean(lambda m: m.accuracy),
         chosen_change=mean(lambda m: m.chosen_change),
         seconds=sum(float(read_manifest(o.folder)["seconds_training"]) for o in own) / len(own),
     )
+
+
+def _over_seeds(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Student's 95% interval over seeds, where there are several: another SFT model and other
+    ratings are in it.
+    """
+    if len(values) < 2:
+        return {}
+    low, high = mean_interval(values)
+    return {f"{name}_seeds_low": low, f"{name}_seeds_high": high}
 
 
 def _rewards_and_wins(reward: RewardRow, wins: WinRateRow) -> dict[str, Any]:

@@ -87,7 +87,6 @@ def kl_of_samples(
     prompts: Sequence[Sequence[int]],
     samples: Sequence[SampledResponse],
     *,
-    stop_ids: Sequence[int],
     max_tokens: int = 16_384,
     precision: str = "fp32",
 ) -> KLEstimate:
@@ -97,9 +96,7 @@ def kl_of_samples(
     per_prompt = len(samples) // len(prompts)
     of_sample = [prompt for prompt in prompts for _ in range(per_prompt)]
     sequences = [
-        TokenSequence(
-            (*prompt, *sample.ids, *(() if sample.truncated else (stop_ids[0],))), len(prompt)
-        )
+        TokenSequence((*prompt, *sample.drawn), len(prompt))
         for prompt, sample in zip(of_sample, samples, strict=True)
     ]
     kl = sequence_kl(policy, reference, sequences, max_tokens=max_tokens, precision=precision)
@@ -148,7 +145,7 @@ def on_policy_kl(
 
     Args:
         prompts: token ids of each prompt.
-        stop_ids: tokens that end a response; the first that comes is scored.
+        stop_ids: tokens that end a response; the one that came is scored.
     """
     samples = sample_on_policy(
         policy,
@@ -164,7 +161,6 @@ def on_policy_kl(
         reference,
         prompts,
         samples,
-        stop_ids=stop_ids,
         max_tokens=max_tokens,
         precision=precision,
     )

@@ -33,10 +33,20 @@ SHRINK_AT = 1 / 8
 
 @dataclass(frozen=True, slots=True)
 class SampledResponse:
-    """Generated ids without the end token; `truncated` where the token limit came first."""
+    """Generated ids, and the end token that came after them: one of several, for some models."""
 
     ids: tuple[int, ...]
-    truncated: bool
+    end: int | None
+    """None where the token limit came first."""
+
+    @property
+    def truncated(self) -> bool:
+        return self.end is None
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """All that was sampled, the end token included."""
+        return self.ids if self.end is None else (*self.ids, self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +213,8 @@ def _until_stop(ids: Sequence[int], stop: set[int]) -> SampledResponse:
     """The ids before the first stop token."""
     for position, token in enumerate(ids):
         if token in stop:
-            return SampledResponse(tuple(ids[:position]), truncated=False)
-    return SampledResponse(tuple(ids), truncated=True)
+            return SampledResponse(tuple(ids[:position]), end=token)
+    return SampledResponse(tuple(ids), end=None)
 
 
 # -- one batch -----------------------------------------------------------------------------------

@@ -47,10 +47,14 @@ class LossRow:
     reward_high: float | None = None
     reward_lowest_seed: float | None = None
     reward_highest_seed: float | None = None
+    reward_seeds_low: float | None = None
+    reward_seeds_high: float | None = None
     right: float | None = None
     polite: float | None = None
     kl: float | None = None
     kl_stderr: float | None = None
+    kl_seeds_low: float | None = None
+    kl_seeds_high: float | None = None
     win_rate: float | None = None
     win_rate_low: float | None = None
     win_rate_high: float | None = None
@@ -127,7 +131,7 @@ def cells(row: LossRow) -> list[str]:
         row.model + failed,
         row.kind,
         _with_interval(row.reward, row.reward_low, row.reward_high),
-        _range(row.reward_lowest_seed, row.reward_highest_seed) if row.seeds > 1 else "",
+        _interval(row.reward_seeds_low, row.reward_seeds_high),
         _with_interval(row.difference, row.difference_low, row.difference_high, signed=True),
         "" if row.p_holm is None else "< 0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}",
         _share(row.right),
@@ -150,8 +154,8 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def _range(low: float | None, high: float | None) -> str:
-    return "" if low is None else f"{_number(low)} to {_number(high)}"
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None else f"[{_number(low)}, {_number(high)}]"
 
 
 def _with_interval(
@@ -278,7 +282,8 @@ def _footnotes(study: LossStudy) -> str:
         f"{study.config['samples_per_question']} answers of each seed's model to each, "
         "temperature 1.",
         "True reward: 95% interval over questions (all answers to a question are one cluster); "
-        "beside it the lowest and highest mean of a seed.",
+        "beside it Student's 95% interval over seeds, which holds what another SFT model and other "
+        "ratings would change.",
         "Minus DPO's: from the same SFT model, question by question, with its 95% interval; p of a "
         "sign-flip test over questions, corrected by Holm over all losses of the table.",
         "KL to SFT: on the model's own answers, nats, with its standard error of sampling.",
@@ -316,7 +321,7 @@ It does not show which loss is best:
   its data. `beta` means something else in almost every loss, so losses stopped at different KL:
   compare those that are near each other on the figure's KL axis, or tune each first.
 - The intervals and tests are over questions. What another SFT model and other ratings would change
-  is seen only in the few seeds, in the column beside the reward.
+  is in the interval over seeds beside the reward, wide because the seeds are few.
 - A p above 0.05 does not say that two losses are equal.
 - The judge follows Bradley-Terry and Plackett-Luce exactly, which DPO assumes and real judges do
   not do; the model and its language are small. Orders may be others on real data.

@@ -49,8 +49,7 @@ class OnPolicyEvaluation:
         )
         found = {
             "eval/truncated": sum(s.truncated for s in samples) / len(samples),
-            "eval/sample_tokens": sum(len(s.ids) + (not s.truncated) for s in samples)
-            / len(samples),
+            "eval/sample_tokens": sum(len(s.drawn) for s in samples) / len(samples),
         }
         if self.reference is not None:
             kl = kl_of_samples(
@@ -58,7 +57,6 @@ class OnPolicyEvaluation:
                 self.reference,
                 self.ids,
                 samples,
-                stop_ids=self.encoder.stop_ids,
                 max_tokens=self.max_tokens,
                 precision=self.precision,
             )

@@ -113,12 +113,8 @@ class Sampler:
             batch_size=self.settings.batch_size,
             precision=self.precision,
         )
-        end = self.encoder.stop_ids[:1]
         sequences = [
-            TokenSequence(
-                (*self.ids[i], *response.ids, *([] if response.truncated else end)),
-                len(self.ids[i]),
-            )
+            TokenSequence((*self.ids[i], *response.drawn), len(self.ids[i]))
             for i, response in zip(members, responses, strict=True)
         ]
         texts = [self.encoder.decode(response.ids) for response in responses]
