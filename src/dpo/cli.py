@@ -293,7 +293,7 @@ def experiment_frontier(settings: Settings = None) -> None:
     "sentiment",
     help="The DPO paper's IMDb experiment on reviews: reward of a classifier against KL.\n\n"
     "Example: [cyan]dpo experiment sentiment studies/sentiment.yaml data.path=stanfordnlp/imdb"
-    "[/cyan]\n\nThe file shows every key; key=value sets one.",
+    "[/cyan]\n\nThe file shows the keys; key=value sets one.",
 )
 def experiment_sentiment(settings: Settings = None) -> None:
     from dpo.experiment.sentiment_config import SentimentConfig

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _folder(name: str) -> str:
+    if not name.strip() or "\0" in name:  # an empty one would be where the command was given
+        raise ValueError(f"expected the name of a folder (got {name!r:.60})")
+    return name
+
+
+Folder = Annotated[str, AfterValidator(_folder)]
 
 
 class Section(BaseModel):

@@ -31,7 +31,7 @@ from dpo.experiment.study import dotted
 from dpo.loss_config import LOSS_CONFIGS, Kind, describe_unknown_loss
 from dpo.models.load import weights_digest
 from dpo.report.loss_study import LossStudy, write_loss_study
-from dpo.sections import Count, Positive, Section, Seed
+from dpo.sections import Count, Folder, Positive, Section, Seed
 from dpo.train.jobs import train_preference
 from dpo.train.run import environment, open_run
 
@@ -54,7 +54,7 @@ def _dotted_for_each(values: Any) -> Any:
 class LossStudyConfig(Section):
     """Which losses, from which start, for how long."""
 
-    out: str = Field(description="The study's folder.")
+    out: Folder = Field(description="The study's folder.")
     seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     names: list[str] | None = Field(None, min_length=1, description="Losses; all by default.")
     steps: Count = Field(100, description="Optimizer steps of each loss.")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from dpo.atomic import write_json
 from dpo.config import (
@@ -39,7 +39,7 @@ from dpo.evaluate.records import Generation
 from dpo.evaluate.sbert import load_sentence_model
 from dpo.progress import counting
 from dpo.report.study import CellResult, Study, write_study
-from dpo.sections import Section
+from dpo.sections import Folder, Section, Seed
 from dpo.train.jobs import train_preference, train_sft
 from dpo.train.prepare import load_preferences
 from dpo.train.run import environment, read_manifest, read_metrics
@@ -67,23 +67,34 @@ def dotted(values: Any) -> Any:
     return found
 
 
+Values = Annotated[list[Any], Field(min_length=1)]
+
+
 class StudyConfig(Section):
     """A study: one model, one data set, SFT, a grid of DPO settings, seeds."""
 
-    out: str = Field(description="The study's folder; runs go to out/runs.")
+    out: Folder = Field(description="The study's folder; runs go to out/runs.")
     model: Annotated[ModelConfig, BeforeValidator(shorthand)] = Field(
         description="What SFT starts from."
     )
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     sft: dict[str, Any] = Field(default={}, description="Settings of dpo sft.")
     dpo: dict[str, Any] = Field(default={}, description="Settings of dpo train.")
-    grid: Annotated[dict[str, list[Any]], BeforeValidator(dotted)] = Field(
+    grid: Annotated[dict[str, Values], BeforeValidator(dotted)] = Field(
         default={"loss.beta": [0.3, 0.7, 1.0]},
         min_length=1,
         description="Dotted keys of dpo train, each with its values; every combination is a cell.",
     )
     evaluation: dict[str, Any] = Field(default={}, description="Settings of dpo evaluate.")
+
+    @model_validator(mode="after")
+    def _no_run_twice(self) -> StudyConfig:
+        lists = {"seeds": self.seeds} | {f"grid.{key}": v for key, v in self.grid.items()}
+        for key, values in lists.items():
+            if any(value in values[:i] for i, value in enumerate(values)):
+                raise ValueError(f"{key}: expected different ones, got {values}")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +165,14 @@ def plan(config: StudyConfig) -> Plan:
         "data": {k: v for k, v in data.items() if k not in ("max_length", "max_dropped")},
         "out": str(Path(config.out) / "evaluation"),
     }
-    return Plan(sft, dpo, validate(EvaluateConfig, values, where="evaluation"), labels)
+    evaluation = validate(EvaluateConfig, values, where="evaluation")
+    fresh = config.model.fresh
+    if fresh is not None and evaluation.max_new_tokens >= fresh.positions:
+        raise InputError(
+            f"evaluation.max_new_tokens: {evaluation.max_new_tokens} leaves no room for a prompt; "
+            f"model.fresh.positions is {fresh.positions}."
+        )
+    return Plan(sft, dpo, evaluation, labels)
 
 
 def _given(section: Section) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from dpo.atomic import write_text
 from dpo.core.stats import mean_interval
+from dpo.data.audit import visible
 from dpo.evaluate.jobs import Evaluation
 from dpo.evaluate.records import ScoredGeneration
 from dpo.evaluate.winrate import render_win_rates
@@ -193,10 +194,12 @@ def page(study: Study, rows: Sequence[Sequence[str]], samples: Sequence[dict[str
 
 
 def _sample(sample: dict[str, str]) -> str:
-    """One prompt with its responses, indented as code so that nothing in them is markup."""
+    """One prompt with its responses, indented as code so that nothing in them is markup, and with
+    control characters written out: pages are read in terminals too.
+    """
     lines: list[str] = []
     for name, text in sample.items():
-        indented = "\n".join(f"    {line}" for line in text.splitlines() or [""])
+        indented = "\n".join(f"    {visible(line)}" for line in text.splitlines() or [""])
         lines += [f"**{name}**", "", indented, ""]
     return "\n".join(lines)
 

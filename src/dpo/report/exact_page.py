@@ -1,0 +1,178 @@
+"""The page of a study of exact worlds: tables with intervals, and what they say of the claims."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo.atomic import write_text
+from dpo.report.exact_claims import claims_table
+from dpo.report.exact_figures import data_figure, frontier_figure, time_figure
+from dpo.report.exact_study import COVERAGE, DPO, MAX_KL, PAIRS, ExactStudy, mean, write_tables
+from dpo.report.exact_tables import (
+    NEAR,
+    best_of_table,
+    beta_table,
+    cost_table,
+    difference_table,
+    effect_table,
+    final_table,
+    frontier_table,
+    markdown,
+    rate_table,
+    reward_model_table,
+    spread,
+)
+
+
+def write_exact_study(study: ExactStudy) -> None:
+    """table.csv, policies.csv, figures/ and README.md in the study's folder; the frontiers on the
+    screen.
+    """
+    write_tables(study)
+    figures = study.folder / "figures"
+    frontier_figure(study, figures / "frontier")
+    data_figure(study, figures / "data")
+    time_figure(study, figures / "time")
+    write_text(study.folder / "README.md", page(study))
+    head, *rows = frontier_table(study)
+    table = Table(title=f"Frontiers, {len(study.seeds)} seeds")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console()
+    console.print(table)
+    console.print(Text(f"Page: {study.folder / 'README.md'}"))
+
+
+def page(study: ExactStudy) -> str:
+    """The study as Markdown."""
+    parts = [
+        f"# DPO and RLHF where the optimum is known: {study.folder.name}",
+        what_was_done(study),
+        "## The claims",
+        CLAIMS_NOTE,
+        markdown(claims_table(study)),
+        "## Frontiers",
+        FRONTIER_NOTE,
+        markdown(frontier_table(study)),
+        "![Reward against KL, and efficiency against KL](figures/frontier.svg)",
+        "Differences, seed by seed:",
+        markdown(difference_table(study)),
+        "## Where each method ends",
+        markdown(final_table(study)),
+        FINAL_NOTE,
+        "**Best-of-n by the true reward**: its exact KL, and the bound often taken for it:",
+        markdown(best_of_table(study)),
+        "## What decides the order",
+        *decisions(study),
+        "## What it costs",
+        markdown(cost_table(study)),
+        COST_NOTE,
+        "![Share of the gain against seconds](figures/time.svg)",
+        *_diverged(study),
+        "## What this does not show",
+        WHAT_IT_DOES_NOT_SHOW,
+        "`table.csv` has every final policy with its intervals, `policies.csv` every policy of "
+        "every seed, `study.json` the configuration and the environment.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def what_was_done(study: ExactStudy) -> str:
+    """World, data and training in three paragraphs, from the settings."""
+    config = study.config
+    seeds, ppo, offline = config["seeds"], config["ppo"], config["offline"]
+    entropy = mean([seed.reference_entropy for seed in study.seeds])
+    coverage = [row.measured.coverage for row in study.at_beta(DPO)]
+    return (
+        "Sixteen prompts (praise or criticise one of eight topics), and as responses all 4,096 "
+        "sequences of four of eight words, with a known reward: sentiment with negation and "
+        "intensifiers, less repetitions. So the optimal policy π*, KL, expected reward and win "
+        "rate are *computed* for every policy, not sampled. The policy is a GPT-2 of two layers "
+        "and width 64.\n\n"
+        f"For each seed ({', '.join(map(str, seeds))}) a fresh GPT-2 imitated "
+        f"{config['demonstrations']:,} demonstrations and became the reference (entropy "
+        f"{entropy:.2f} nats of {math.log(4096):.2f}). A Bradley-Terry judge of the true reward "
+        f"labelled {config['pairs']:,} pairs of its responses, in which occurs "
+        f"{spread(coverage, 2)} of its probability. Every method starts from the reference: those "
+        f"on pairs take {offline['steps']} steps of {offline['batch_size']} pairs at rate "
+        f"{offline['learning_rate']:g}; the reward model {config['reward_model']['steps']} steps; "
+        f"PPO {ppo['rounds']} rounds of {ppo['rollouts']} responses, {ppo['epochs']} passes; "
+        f"online DPO draws {config['online']['pairs_per_round']} pairs a round from the policy "
+        f"and passes {config['online']['passes']} times over them. All rates fall linearly to 0."
+        "\n\n"
+        "Numbers are means over seeds with Student's 95% interval over seeds in brackets."
+    )
+
+
+CLAIMS_NOTE = """\
+"Simpler, faster, more stable than PPO", and a better frontier "even when PPO has the true reward"
+(Rafailov et al. 2023, Section 6.1): each as a difference or ratio between methods that share seed,
+reference and data. *Holds* and *does not hold*: the interval lies on one side. *Open*: it does
+not, which is no proof of equality."""
+
+FRONTIER_NOTE = f"""\
+A method's frontier is the concave hull of the reference and all its policies, over strengths and
+along training: what one reaches who picks the best of them, or mixes two. Area: between the hull
+and the reference's reward up to {MAX_KL:g} nats, as a share of that of π*. Reward at a KL: height
+of the hull."""
+
+FINAL_NOTE = """\
+Efficiency: reward gained over the reference, as a share of what π* gains at the same KL. Gain:
+share of the possible gain of `E r - beta KL` at the method's own beta. Total variation, and
+KL(policy ‖ π*): to the optimum of the same beta; for IPO, unlikelihood, preferred-FT and best-of-n,
+whose strength is no beta, of the same KL. Win rate: against the reference, by the Bradley-Terry
+judge. Correlation: of log(policy / reference) with the true reward, within prompts. The reward
+model solved exactly is π* of what the reward model says: PPO without error of optimisation."""
+
+COST_NOTE = f"""\
+Seconds: processor time of training on one thread, at the study's beta, the reward model's
+included. To {NEAR:.0%} of the gain: until the first checkpoint that has this share of the possible
+gain of the objective.
+Memory: float32 weights of all models at hand, and for those in training a gradient and the two
+moments of AdamW. Labels are comparisons of two responses, rewards are true rewards of single ones.
+Settings: numbers to choose. The reference's and the reward model's values of all responses are
+computed once here, which is cheaper than with real models; sampling is not."""
+
+WHAT_IT_DOES_NOT_SHOW = """\
+- The judge follows Bradley-Terry exactly, as DPO and the reward model assume.
+- Policies of a method are picked by their true reward when its frontier is drawn; nobody can do
+  that who has only the labels.
+- Steps and learning rates were chosen by hand, in a few trials with seed 0; the effect of the rate
+  is in a table above.
+- Responses have four words, models 0.1 million parameters. Sampling is cheap here and generation is
+  most of PPO's cost in large models; capacity is ample, so that approximation errors of small
+  policies are not in these numbers.
+- The intervals are over seeds: weights, demonstrations, pairs, order. The language is one."""
+
+
+def decisions(study: ExactStudy) -> list[str]:
+    """What was varied by itself: beta, pairs, coverage, reward model, learning rate."""
+    beta = f"{study.beta:g}"
+    return [
+        f"**Number of pairs** (DPO, beta {beta}):",
+        markdown(effect_table(study, PAIRS, "pairs")),
+        f"**Coverage** (DPO, beta {beta}, {study.config['pairs']:,} pairs drawn from a random part "
+        "of the responses; 1 is all of them). Error: of the implicit reward, on responses that "
+        "occur in the pairs and on those that do not:",
+        markdown(effect_table(study, COVERAGE, "share of the responses")),
+        "**beta.** The smaller beta, the further the optimum is from where the pairs were drawn, "
+        "and the more errors of the implicit reward cost (they are divided by beta):",
+        markdown(beta_table(study)),
+        "![DPO: KL to the optimum against pairs; error of the implicit reward](figures/data.svg)",
+        "**Fit of the reward model** (by its number of pairs, each with the same number of steps; "
+        "gain of its exact solution, without PPO's own errors):",
+        markdown(reward_model_table(study)),
+        f"**Learning rate** (gain at beta {beta}, the rate multiplied by that factor):",
+        markdown(rate_table(study)),
+    ]
+
+
+def _diverged(study: ExactStudy) -> list[str]:
+    said = [f"- seed {seed.seed}, {text}" for seed in study.seeds for text in seed.diverged]
+    return ["## Trials that diverged", "\n".join(said)] if said else []
