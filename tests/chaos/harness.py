@@ -26,9 +26,9 @@ from train.small_runs import kill_at, outcome, sft_run
 
 FORK = multiprocessing.get_context("fork")
 PHASES = ("reference", "sampling", "step", "accumulation", "evaluation", "save", "other")
-"""What training is doing: `sampling` is drawing the rows of a round from the policy; `accumulation`
-is a step of several passes, from the first to the update; `save` is waiting for a checkpoint or
-copying one; `other` is opening, logging, the last model, the samples.
+"""What training is doing: `sampling` is choosing a step's rows, which online methods draw from the
+policy; `accumulation` is a step of several passes, from the first to the update; `save` is waiting
+for a checkpoint or copying one; `other` is opening, logging, the last model, the samples.
 """
 PATIENCE_SECONDS = 120.0
 """A run that takes longer hangs."""

@@ -16,6 +16,8 @@ RECORD = json.loads(
 
 def test_every_test_that_the_page_names_exists():
     named = set(re.findall(r"`(test_\w+)`", PAGE))
+    files = set(re.findall(r"`(tests/\S+\.py)`", PAGE))
+    assert not {file for file in files if not (ROOT / file).is_file()}
     code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) > 20
     assert not {name for name in named if f"def {name}(" not in code}

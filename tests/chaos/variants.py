@@ -20,8 +20,8 @@ from train.small_runs import COMMON, DATA, dpo_config, merged, sft_config, sft_r
 Variant = Callable[[Path], object]
 """Trains in a run directory, or goes on there."""
 
-LENGTH = {"max_steps": 8, "evaluation.every": 3, "save_every": 2}
-PASSES = {"batch.max_tokens": 200}
+LENGTH = {"max_steps": 24, "evaluation.every": 9, "save_every": 3}
+PASSES = {"batch.max_tokens": 100}
 """Some five forward and backward passes to a step."""
 EVERY_STEP = {"save_every": 1}
 
@@ -47,14 +47,14 @@ def _reward(changes: dict[str, Any]) -> Variant:
 SAMPLED = {
     "data": DATA,
     "reward": {"function": "synthetic"},
-    "rounds": 3,
+    "rounds": 5,
     "prompts_per_round": 6,
     "samples_per_prompt": 3,
     "sampling": {"max_new_tokens": 8},
     "batch": {"size": 4},
     "optimizer": {"learning_rate": 0.003},
-    "save_every": 2,
-    "evaluation": {"every": 4, "max_rows": 8, "num_samples": 2, "max_new_tokens": 8},
+    "save_every": 3,
+    "evaluation": {"every": 9, "max_rows": 8, "num_samples": 2, "max_new_tokens": 8},
 }
 """Rounds of a few steps on samples of the policy."""
 

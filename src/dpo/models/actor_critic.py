@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dpo.data.pack import Batch, pack, pad
+from dpo.data.pack import pack, pad
 from dpo.data.tokenize import TokenSequence
-from dpo.models.forward import trunk_outputs
+from dpo.models.forward import token_states
 from dpo.models.plan import as_evaluated, trial_sequences, why_not_packed
 from dpo.models.scoring import MAX_LOGIT_BYTES, MAX_TOKENS, in_rows, score_groups, token_scores
 
@@ -36,8 +36,8 @@ class ActorCritic(nn.Module):
         width = head.shape[1]
         if trunk is not None:
             with as_evaluated(trunk):
-                self.packed = why_not_packed(trunk, _states) is None
-                width = _states(trunk, pad(trial_sequences(trunk))).shape[1]
+                self.packed = why_not_packed(trunk, token_states) is None
+                width = token_states(trunk, pad(trial_sequences(trunk))).shape[1]
         self.value_head = nn.Linear(width, 1).to(head)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -68,15 +68,10 @@ class ActorCritic(nn.Module):
             states = found.states
             if self.trunk is not None:
                 batch = (pack if self.packed else pad)(members)
-                states = _states(self.trunk, batch, precision)
+                states = token_states(self.trunk, batch, precision=precision)
             logps.append(found.logps)
             values.append(self.value_head(states).squeeze(-1))
         return in_rows(logps, groups, sequences), in_rows(values, groups, sequences)
-
-
-def _states(trunk: nn.Module, batch: Batch, precision: str = "fp32") -> Tensor:
-    """The trunk's hidden state before each scored token of the batch, (M, D)."""
-    return trunk_outputs(trunk, batch, precision=precision)[torch.from_numpy(batch.source)]
 
 
 def token_mask(sequences: Sequence[TokenSequence]) -> Tensor:

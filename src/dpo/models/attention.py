@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dpo.data.pack import Tree
+from dpo.models import flex
 
 NAME = "dpo_packed"
 
@@ -87,8 +88,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of each tree of the row, (1, T, H, D), as `attention_mask` lays them out.
 
-    Two products a pair: the stem with its first branch is plain causal attention; every other
-    branch looks at the stem's keys and its own.
+    On a GPU one kernel for the whole row where it serves (`dpo.models.flex`), else tree by tree.
 
     Args:
         query: (1, H, T, D); key, value: (1, G, T, D), where G divides H (grouped queries).
@@ -101,13 +101,32 @@ def packed_attention(
     extra = [n for n, v in others.items() if isinstance(v, Tensor) and n != "position_ids"]
     if extra or key.shape[2] != query.shape[2]:
         raise UnsupportedAttention(f"its attention takes {', '.join(extra) or 'other keys'}")
-    window = sliding_window or attention_mask.window
-    options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
+    layout = Layout(attention_mask.trees, sliding_window or attention_mask.window)
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
+    if flex.serves(query, value, dropout=dropout):
+        found = flex.row_attention(query, key, value, layout.trees, window=layout.window, **options)
+        return found.transpose(1, 2), None
+    return tree_attention(query, key, value, layout, dropout=dropout, **options), None
+
+
+def tree_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Any
+) -> Tensor:
+    """Attention by torch's own products, (1, T, H, D), tree by tree.
+
+    Two products a pair: the stem with its first branch is plain causal attention; every other
+    branch looks at the stem's keys and its own.
+
+    Args:
+        query: (1, H, T, D); key, value: (1, G, T, D), where G divides H.
+        options: `dropout`, `scaling` and `softcap` as of `packed_attention`.
+    """
+    window = layout.window
     outputs: list[Tensor] = []
-    sizes = [n for tree in attention_mask.trees for n in _pieces(tree)]
+    sizes = [n for tree in layout.trees for n in _pieces(tree)]
     split = (x.split(sizes, dim=2) for x in (query, key, value))
     pieces = iter(zip(*split, strict=True))  # split: its backward is one copy, slices' is many
-    for tree in attention_mask.trees:
+    for tree in layout.trees:
         q, k, v = next(pieces)
         outputs.append(_attend(q, k, v, window=window, **options))
         stem_k, stem_v = k[:, :, : tree.stem], v[:, :, : tree.stem]
@@ -116,7 +135,7 @@ def packed_attention(
             if q.shape[2]:
                 k, v = torch.cat([stem_k, k], dim=2), torch.cat([stem_v, v], dim=2)
                 outputs.append(_attend(q, k, v, window=window, **options))
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
 def _pieces(tree: Tree) -> list[int]:

@@ -121,5 +121,10 @@ def trunk_outputs(trunk: nn.Module, batch: Batch, *, precision: str = "fp32") ->
     return at_least_float32(hidden[_index(batch.row), _index(batch.column)])
 
 
+def token_states(trunk: nn.Module, batch: Batch, *, precision: str = "fp32") -> Tensor:
+    """The last hidden state of a model without a head before each scored token, (M, D)."""
+    return trunk_outputs(trunk, batch, precision=precision)[_index(batch.source)]
+
+
 def _index(values: Any) -> Tensor:
     return torch.from_numpy(values)

@@ -33,7 +33,7 @@ from dpo.data.pack import Batch, pack, packed_groups, pad, padded_groups
 from dpo.data.prompts import PromptTemplate, load_template, save_template
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import InputError
-from dpo.models.forward import precision_context, trunk_outputs
+from dpo.models.forward import precision_context, token_states, trunk_outputs
 from dpo.models.load import (
     check_fit,
     explain,
@@ -290,15 +290,10 @@ def _find_reading(model: Any) -> _Reading | None:
     if not (found - own).abs().max() <= TOLERANCE * own.std().clamp(min=1e-6):
         log.info("%s is scored by its own forward pass: it reads more than its last token.", name)
         return None
-    reason = why_not_packed(model.base_model, _states)
+    reason = why_not_packed(model.base_model, token_states)
     if reason is not None:
         log.info("%s is run on padded rows, without prefix sharing: %s.", name, reason)
     return _Reading(packed=reason is None)
-
-
-def _states(trunk: nn.Module, batch: Batch) -> Tensor:
-    """Hidden states before every target, in the order of the targets."""
-    return trunk_outputs(trunk, batch)[torch.from_numpy(batch.source)]
 
 
 def _logits(model: Any, batch: Batch, precision: str) -> Tensor:

@@ -29,6 +29,8 @@ SUMMARY = (
     ("eval/brier", "Brier score"),
     ("eval/logps/chosen_change", "log pi(chosen), change"),
     ("eval/logps/rejected_change", "log pi(rejected), change"),
+    ("eval/reward", "reward of samples"),
+    ("eval/reward_stderr", "  its standard error"),
     ("eval/kl", "KL(policy || reference)"),
     ("eval/kl_stderr", "  its standard error"),
 )

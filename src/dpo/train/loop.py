@@ -30,7 +30,15 @@ from dpo.train.stopping import GO_ON, stop_after_step
 
 log = logging.getLogger("dpo")
 
-SHOWN = ("eval/loss", "eval/perplexity", "eval/rewards/accuracy", "eval/kl", "eval/kl_stderr")
+SHOWN = (
+    "eval/loss",
+    "eval/perplexity",
+    "eval/rewards/accuracy",
+    "eval/reward",
+    "eval/reward_stderr",
+    "eval/kl",
+    "eval/kl_stderr",
+)
 """The held-out metrics that are worth a line in the log; all are in metrics.jsonl."""
 
 
