@@ -6,7 +6,7 @@
     python studies/record.py --quick            small forms of all, in minutes, into runs/quick
 
 A study that was stopped goes on where it was; one that is finished is only recorded. Rows of real
-data are never recorded: of studies on them, tables and figures alone are kept.
+data are never recorded: tables and figures are, and a page that shows none of them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Recorded:
     quick: tuple[str, ...]
     data: str | None = None
     """The file of real rows that it needs, by its name in the folder that --data names."""
+    shows_rows: bool = False
+    """Whether its page does, and so is not kept."""
 
 
 TINY_SFT = ("sft_steps=60",)
@@ -53,7 +55,15 @@ STUDIES = {
         ("seeds=[0]", "steps=10", "names=[dpo, ipo, plackett_luce, kto]", *TINY_SFT),
     ),
     "instruction-small": Recorded(
-        ("run", "studies/instruction-small.yaml"), QUICK_RUN, data="instruction-preferences.json"
+        ("run", "studies/instruction-small.yaml"),
+        QUICK_RUN,
+        data="instruction-preferences.json",
+        shows_rows=True,
+    ),
+    "sentiment-small": Recorded(
+        ("sentiment", "studies/sentiment-small.yaml"),
+        ("quick=true",),
+        data="movie-reviews.jsonl.gz",
     ),
 }
 
@@ -74,7 +84,7 @@ def record(name: str, study: Recorded, out: Path) -> None:
     target = RESULTS / name
     shutil.rmtree(target, ignore_errors=True)
     (target / "figures").mkdir(parents=True)
-    pages = ["README.md"] if study.data is None else []
+    pages = [] if study.shows_rows else ["README.md"]
     tables = [*out.glob("*.csv"), *out.glob("evaluation/win_rates.csv")]
     for file in [*tables, *(out / page for page in pages)]:
         shutil.copy(file, target / file.name)

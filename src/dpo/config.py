@@ -483,7 +483,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     """Set one dotted key, e.g. `loss.beta=0.1`."""
     key, separator, text = override.partition("=")
     if not separator or not all(part.strip() for part in key.split(".")):
-        raise InputError(f"{override!r}: expected key=value, e.g. loss.beta=0.1.")
+        raise InputError(f"{override!r:.60}: expected key=value, e.g. loss.beta=0.1.")
     try:
         value = _parse(text) if text.strip() else text
     except yaml.YAMLError:

@@ -109,8 +109,8 @@ def test_a_missing_chat_template_is_said(missing: str | None) -> None:
     with pytest.raises(InputError) as error:
         render_chat(Tokenizer(missing), CONVERSATION)
     assert str(error.value) == (
-        "The data is conversational but the tokenizer has no chat template: name a model that has "
-        "one, or set data.template for text prompts."
+        "Conversations and data.template=chat go through a chat template but the tokenizer has no "
+        "chat template: name a model that has one, or use text prompts and a text template."
     )
 
 

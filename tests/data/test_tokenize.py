@@ -445,7 +445,7 @@ def test_a_broken_template_is_an_input_error() -> None:
 def test_a_missing_template_is_an_input_error() -> None:
     encoder = encoder_of(build(), "chat")
     for use in (lambda: encoder.prompt_ids("Why?"), lambda: encoder.response_ids("Because.")):
-        with pytest.raises(InputError, match="the tokenizer has no chat template"):
+        with pytest.raises(InputError, match="but the tokenizer has no chat template"):
             use()
 
 

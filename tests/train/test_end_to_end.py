@@ -174,17 +174,18 @@ def test_the_reference_is_the_start_and_training_never_writes_to_it():
 
 
 def test_the_reference_in_memory_keeps_its_weights_through_training(tmp_path, monkeypatch):
-    from dpo.train import jobs
+    from dpo.train import jobs, session
 
     seen = []
-    opened = jobs.open_policy
+    opened = session.open_policy
 
-    def remember(*arguments):
-        policy = opened(*arguments)
+    def remember(*arguments, **options):
+        policy = opened(*arguments, **options)
         seen.append((policy.model, weights_digest(policy.model)))
         return policy
 
     monkeypatch.setattr(jobs, "open_policy", remember)
+    monkeypatch.setattr(session, "open_policy", remember)
     train_preference(dpo_config(tmp_path / "run", {"max_steps": 2}))
     (policy, policy_before), (reference, reference_before) = seen
     assert policy_before == reference_before

@@ -6,12 +6,14 @@ where the row cannot be read, or None for a blank line. So one bad line never hi
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
 import importlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".par
 MAX_INTEGER_DIGITS = 300
 """Longer integers fit no float, and beyond 4,300 digits Python refuses to read them at all."""
 
-_BOM = b"\xef\xbb\xbf"
+_BOM = codecs.BOM_UTF8
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -81,6 +83,15 @@ def printable(text: str, *, limit: int = 60) -> str:
     return shown + "..." if len(text) > limit else shown
 
 
+def existing(name: str | os.PathLike[str]) -> Path | None:
+    """The file or folder of that name, or None where there is none."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, the home of no user, a null character
+        return None
+
+
 def read_file(path: Path) -> FileContent:
     """Read one data file whole.
 
@@ -98,6 +109,8 @@ def read_file(path: Path) -> FileContent:
     sha256 = hashlib.sha256(data).hexdigest()
     if suffix.endswith(".gz"):
         data = _unzip(name, data)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{name}: is UTF-16 text; save it as UTF-8.")
     entries: list[Entry] = []
     num_blank_lines = 0
     for entry in _READERS[suffix.removesuffix(".gz")](name, data):
@@ -184,16 +197,17 @@ def _read_jsonl(name: str, data: bytes) -> Iterator[Entry | None]:
 
 
 def _read_json_line(source: str, line: bytes, json_reader: _StrictJson, *, is_last: bool) -> Entry:
-    hint = "; the file may have been cut off here" if is_last else ""
+    cut_off = "; the file may have been cut off here" if is_last else ""
     try:
         text = line.decode("utf-8").strip()
         value, end = json_reader.decode(text)
         if end < len(text):
             raise json.JSONDecodeError("more text after the object", text, end)
     except UnicodeDecodeError as error:
+        hint = cut_off if error.reason == "unexpected end of data" else ""
         return Problem(source, f"{_not_utf8(error)}{hint}.")
     except json.JSONDecodeError as error:
-        return Problem(source, f"{_not_json(error)}{hint}.")
+        return Problem(source, f"{_not_json(error)}{cut_off}.")
     return _entry(source, value, json_reader.complaints)
 
 

@@ -103,8 +103,8 @@ def render_chat(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
-            "The data is conversational but the tokenizer has no chat template: "
-            "name a model that has one, or set data.template for text prompts."
+            "Conversations and data.template=chat go through a chat template but the tokenizer has "
+            "no chat template: name a model that has one, or use text prompts and a text template."
         )
     turns = [{"role": m.role, "content": m.content} for m in messages]
     try:

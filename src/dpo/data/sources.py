@@ -26,6 +26,7 @@ from dpo.data.files import (
     Problem,
     Record,
     data_suffix,
+    existing,
     printable,
     read_file,
 )
@@ -97,13 +98,8 @@ def load_rows(
         InputError: There is no such source, a row cannot be used (the first 20 are listed, with
             the count of the rest), there is no row, or an option is without effect.
     """
-    sources = [path] if isinstance(path, str | os.PathLike) else list(path)
-    name = printable(", ".join(str(source) for source in sources), limit=200)
-    _check_options(sources, split, revision, limit)
-    parts = [part for source in sources for part in _read_source(source, split, revision)]
+    name, parts = _read_sources(path, split, revision, limit)
     entries = [entry for part in parts for entry in part.content.entries][:limit]
-    if not entries:
-        raise InputError(f"{name}: there are no rows; expected at least one.")
     read = read_rows(entries, columns or {})
     if read.problems:
         raise InputError(_report(name, read.problems, len(entries)))
@@ -118,10 +114,41 @@ def load_rows(
     )
 
 
+def load_records(
+    path: Source | Sequence[Source], *, split: str | None = None, revision: str | None = None
+) -> tuple[list[Record], str]:
+    """Every row as it stands, whatever its columns, and the digest of the sources, as in
+    `load_rows`.
+
+    Raises:
+        InputError: There is no such source, or a row cannot be read.
+    """
+    name, parts = _read_sources(path, split, revision, None)
+    entries = [entry for part in parts for entry in part.content.entries]
+    problems = [entry for entry in entries if isinstance(entry, Problem)]
+    if problems:
+        raise InputError(_report(name, problems, len(entries)))
+    records = [entry for entry in entries if isinstance(entry, Record)]
+    return records, _joint_sha256([part.content.sha256 for part in parts])
+
+
+def _read_sources(
+    path: Source | Sequence[Source], split: str | None, revision: str | None, limit: int | None
+) -> tuple[str, list[_Part]]:
+    """What the sources are called in messages, and what they hold: at least one row."""
+    sources = [path] if isinstance(path, str | os.PathLike) else list(path)
+    name = printable(", ".join(str(source) for source in sources), limit=200)
+    _check_options(sources, split, revision, limit)
+    parts = [part for source in sources for part in _read_source(source, split, revision)]
+    if not any(part.content.entries for part in parts):
+        raise InputError(f"{name}: there are no rows; expected at least one.")
+    return name, parts
+
+
 def _check_options(
     sources: Sequence[Source], split: str | None, revision: str | None, limit: int | None
 ) -> None:
-    if not sources:
+    if not sources or "" in sources:  # which a path would take for the working folder
         raise InputError("No data source is named; expected a file, a folder or a hub id.")
     if limit is not None and limit < 1:
         raise InputError(f"limit: expected at least 1 row, got {limit}.")
@@ -157,26 +184,18 @@ class _Part:
 def _is_hub(source: Source) -> bool:
     return (
         isinstance(source, str)
-        and _existing(source) is None
+        and existing(source) is None
         and _LOOKS_LOCAL.match(source) is None
         and data_suffix(source) is None
         and _HUB_ID.fullmatch(source) is not None
     )
 
 
-def _existing(source: Source) -> Path | None:
-    try:
-        path = Path(source).expanduser()
-        return path if path.exists() else None
-    except (OSError, RuntimeError):  # a name too long, or the home of no user
-        return None
-
-
 def _read_source(source: Source, split: str | None, revision: str | None) -> Iterator[_Part]:
     if _is_hub(source):
         yield _read_hub(str(source), split, revision)
         return
-    path = _existing(source)
+    path = existing(source)
     if path is None:
         raise InputError(
             f"{printable(str(source), limit=1000)}: there is no such file or folder, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -228,7 +228,7 @@ def _check(config: FrontierConfig) -> None:
         for name in getattr(config, key):
             if name not in METHOD_KINDS:
                 raise InputError(f"{key}.{name}: expected one of {', '.join(METHOD_KINDS)}.")
-    lists = {"seeds": config.seeds, "best_of": config.best_of}
+    lists: dict[str, Sequence[float]] = {"seeds": config.seeds, "best_of": config.best_of}
     lists |= {f"strengths.{name}": values for name, values in config.strengths.items()}
     for key, values in lists.items():
         if len({*values}) < len(values):

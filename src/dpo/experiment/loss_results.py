@@ -291,7 +291,7 @@ def _row(
     )
 
 
-def _over_seeds(name: str, values: Sequence[float]) -> dict[str, float]:
+def _over_seeds(name: str, values: Sequence[float]) -> dict[str, Any]:
     """Student's 95% interval over seeds, where there are several: another SFT model and other
     ratings are in it.
     """

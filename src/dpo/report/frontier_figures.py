@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -124,7 +124,7 @@ def _joined(axes: Axes, groups: Sequence[Sequence[RunResult]], index: int, label
     )
 
 
-def _style(index: int) -> dict[str, object]:
+def _style(index: int) -> dict[str, Any]:
     """Where colours come a second time, markers are hollow and lines dotted."""
     again = index >= len(COLOURS)
     hollow = {"ls": ":", "markerfacecolor": "white"} if again else {}

@@ -37,6 +37,7 @@ from dpo.train.session import (
     make_run_encoder,
     model_saver,
     open_policy,
+    open_reference,
     opened_run,
     prompts_seen,
     write_samples,
@@ -98,9 +99,7 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
     encoder = make_run_encoder(config, policy, data)
     reference, digests = None, {}
     if config.opens_reference:
-        # It is read apart from the policy: training cannot touch it.
-        named = config.reference or config.model
-        reference = open_policy(named, [], config.seed, trust_remote_code)
+        reference = open_reference(config.reference, config.model, config.seed, trust_remote_code)
         check_same_tokens(policy, reference)
         digests = {"reference_sha256": weights_digest(reference.model)}
     reward = None

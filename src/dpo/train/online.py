@@ -49,6 +49,7 @@ from dpo.train.session import (
     make_run_encoder,
     model_saver,
     open_policy,
+    open_reference,
     opened_run,
     prompts_seen,
     write_samples,
@@ -214,8 +215,7 @@ def train_online(config: OnlineConfig, *, trust_remote_code: bool = False) -> Pa
     if config.gradient_checkpointing:
         enable_recomputation(policy.model)
     encoder = make_run_encoder(config, policy, data)
-    named = config.reference or config.model
-    reference = open_policy(named, [], config.seed, trust_remote_code)
+    reference = open_reference(config.reference, config.model, config.seed, trust_remote_code)
     check_same_tokens(policy, reference)
     digests = {
         "reference_sha256": weights_digest(reference.model),

@@ -52,6 +52,7 @@ from dpo.train.session import (
     make_run_encoder,
     model_saver,
     open_policy,
+    open_reference,
     opened_run,
     prompts_seen,
     write_samples,
@@ -246,7 +247,7 @@ def train_ppo(config: PPOConfig, *, trust_remote_code: bool = False) -> Path:
     measured = evaluation_reward(config, reward, trust_remote_code)
     policy = open_policy(config.model, [], config.seed, trust_remote_code)
     encoder = make_run_encoder(config, policy, data)
-    reference = open_policy(config.reference or config.model, [], config.seed, trust_remote_code)
+    reference = open_reference(config.reference, config.model, config.seed, trust_remote_code)
     check_same_tokens(policy, reference)
     model = ActorCritic(policy.model, critic_trunk(config, policy, trust_remote_code))
     if config.gradient_checkpointing:

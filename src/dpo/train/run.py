@@ -119,7 +119,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 
@@ -158,7 +160,7 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     """Write `config.json` into an empty folder, or compare with the one that is there."""
     file = folder / "config.json"
     known = _read_json(file)
-    if known is None:
+    if known is None or "command" not in known:  # a model's folder has a config.json as well
         torn = {*folder.glob(".config.json.*.tmp"), folder / ".lock"}
         foreign = sorted(f.name for f in folder.iterdir() if f not in torn)
         if foreign:
@@ -264,6 +266,7 @@ def arithmetic() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
         "matmul_precision": torch.get_float32_matmul_precision(),
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
     }

@@ -96,6 +96,20 @@ def open_policy(
     return Policy(model.to(pick_device()), tokenizer, template, config.path)
 
 
+def open_reference(
+    named: ModelConfig | None, policy: ModelConfig, seed: int, trust_remote_code: bool
+) -> Policy:
+    """The model named as the reference, or else the one that the policy starts from, read apart
+    from it: training cannot touch it.
+
+    Raises:
+        InputError: as `open_policy`, under the key that the user gave.
+    """
+    if named is None:
+        return open_policy(policy, [], seed, trust_remote_code)
+    return open_policy(named, [], seed, trust_remote_code, key="reference")
+
+
 def make_run_encoder(config: RunConfig, policy: Policy, data: SplitData[Any]) -> Encoder:
     """The encoder of the run, with its one template."""
     template = choose_template(
