@@ -20,7 +20,7 @@ demo: $(STAMP)   ## Base, SFT and DPO on the embedded data, evaluated: table and
 	$(BIN)/dpo demo --out $(OUT) $(DEMO)
 
 test: $(STAMP)   ## All tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
 lint: $(STAMP)   ## Style
 	$(BIN)/ruff check .
