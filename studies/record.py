@@ -81,17 +81,17 @@ def run(name: str, study: Recorded, *, out: Path, data: Path | None, quick: bool
 
 def record(name: str, study: Recorded, out: Path) -> None:
     """Copy table, figures, page and manifest of a finished study; no path of this machine stays."""
-    target = RESULTS / name
+    folder, target = HERE.parent / out, RESULTS / name
     shutil.rmtree(target, ignore_errors=True)
     (target / "figures").mkdir(parents=True)
     pages = [] if study.shows_rows else ["README.md"]
-    tables = [*out.glob("*.csv"), *out.glob("evaluation/win_rates.csv")]
-    for file in [*tables, *(out / page for page in pages)]:
+    tables = [*folder.glob("*.csv"), *folder.glob("evaluation/win_rates.csv")]
+    for file in [*tables, *(folder / page for page in pages)]:
         shutil.copy(file, target / file.name)
     for pattern in ("*.svg", "*.csv"):
-        for file in (out / "figures").glob(pattern):
+        for file in (folder / "figures").glob(pattern):
             shutil.copy(file, target / "figures" / file.name)
-    manifest = json.loads((out / "study.json").read_text(encoding="utf-8"))
+    manifest = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     text = json.dumps(_without_paths(manifest, out, name), indent=2, ensure_ascii=False)
     (target / "study.json").write_text(text + "\n", encoding="utf-8")
 
@@ -122,7 +122,7 @@ def main() -> int:
     unknown = [name for name in arguments.names if name not in STUDIES]
     if unknown:
         parser.error(f"{', '.join(unknown)}: expected names of {', '.join(STUDIES)}")
-    root = arguments.out.resolve() / "quick" if arguments.quick else arguments.out.resolve()
+    root = arguments.out / "quick" if arguments.quick else arguments.out
     data = None if arguments.data is None else arguments.data.resolve()
     for name in arguments.names or STUDIES:
         study = STUDIES[name]

@@ -10,6 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo.config import EvaluateConfig, PreferenceConfig, RewardConfig, SFTConfig, read_config
+from dpo.experiment import frontier_config, losses, sentiment_config
+from dpo.experiment.exact_config import ExactStudyConfig
+from dpo.experiment.frontier_config import FrontierConfig
+from dpo.experiment.losses import LossStudyConfig
+from dpo.experiment.sentiment_config import SentimentConfig
 from dpo.experiment.study import StudyConfig, plan
 from dpo.online_config import OnlineConfig, PPOConfig
 
@@ -66,12 +71,29 @@ def test_every_recipe_is_a_valid_configuration_and_says_its_command(file):
     assert read_config(SCHEMAS[command.group(1)], file).model.path is not None
 
 
-@pytest.mark.parametrize(
-    "file",
-    sorted({*(ROOT / "studies").glob("*.yaml")} - {ROOT / "studies" / "losses.yaml"}),
-    ids=lambda f: f.name,
-)
-def test_every_study_plans_its_runs(file):
+STUDIES = {
+    "exact": (ExactStudyConfig, None),
+    "frontier": (FrontierConfig, frontier_config.plan),
+    "instruction": (StudyConfig, plan),
+    "instruction-small": (StudyConfig, plan),
+    "losses": (LossStudyConfig, losses.plan),
+    "sentiment": (SentimentConfig, sentiment_config.plan),
+    "sentiment-small": (SentimentConfig, sentiment_config.plan),
+}
+
+
+def test_every_study_has_a_schema_that_takes_it_and_runs_to_make():
+    files = {file.stem: file for file in (ROOT / "studies").glob("*.yaml")}
+    assert files.keys() == STUDIES.keys()
+    for name, (schema, runs_of) in STUDIES.items():
+        config = read_config(schema, files[name])
+        assert config.out == f"runs/{name}"
+        assert runs_of is None or runs_of(config)
+
+
+@pytest.mark.parametrize("name", ["instruction", "instruction-small"])
+def test_a_study_of_instructions_plans_its_cells(name):
+    file = ROOT / "studies" / f"{name}.yaml"
     config = read_config(StudyConfig, file)
     todo = plan(config)
     assert len(todo.sft) == len(config.seeds)

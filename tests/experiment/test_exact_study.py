@@ -361,14 +361,14 @@ def test_claims_are_paired_by_seed_and_judged_by_their_interval(finished):
     assert faster[0].endswith("**holds**")
     stable = lines["more stable", "worst gain over learning rates, DPO's less PPO's"]
     assert stable[0].endswith("**holds**")
-    assert stable[1].endswith("**does not hold**")
+    assert stable[1].endswith("open")  # -0.15, -0.05, -0.12
     assert rate_table(study)[1][-1].startswith("0.853 [")
 
 
 def test_a_claim_that_the_interval_does_not_decide_is_open():
     assert verdict([0.1, 0.2, -0.1]).endswith("open")
     assert verdict([0.1]).startswith("open")
-    assert verdict([math.log(2.0), math.log(2.1)], ratio=True).startswith("2.05 [1.50, 2.80]: **h")
+    assert verdict([math.log(2.0), math.log(2.1)], ratio=True).startswith("2.05 [1.50, 2.79]: **h")
 
 
 def test_frontiers_are_hulls_of_everything_that_a_method_passed(finished):

@@ -27,7 +27,9 @@ class Measured:
     win_rate: float
     """Against the reference, by a Bradley-Terry judge of the true reward."""
     total_variation: float
-    """To the optimum of the same beta; for methods whose strength is no beta, of the same KL."""
+    """To the optimum of the same beta; for methods whose strength is no beta, of the same KL, which
+    beyond the KL of the greedy policy is the greedy policy.
+    """
     kl_to_optimum: float
     """KL(policy || optimum), of the same optimum."""
     correlation: float | None

@@ -410,8 +410,8 @@ def _seed_result(config: SentimentConfig, seed: int, runs: Sequence[FrontierRun]
     folder = seed_folder(config, seed)
     tables = load_file(folder.samples / SAMPLES)
     rewards, scores = tables["rewards"], tables["scores"]
-    num_pairs = _num_pairs(folder)
-    reward_model = own_cost(reward_model_config(config, seed), num_pairs)
+    two_each = _samples_of_pairs(config) // 2
+    reward_model = own_cost(reward_model_config(config, seed), two_each)
     best_of = config.measure.best_of
     return SeedResult(
         seed=seed,
@@ -423,9 +423,15 @@ def _seed_result(config: SentimentConfig, seed: int, runs: Sequence[FrontierRun]
             BEST_OF_RM: best_of_n(rewards, best_of, scores=scores),
         },
         reward_model=_reward_model_fit(folder, rewards, scores),
-        runs=[run_result(run, num_pairs, reward_model) for run in runs],
+        runs=[run_result(run, two_each, reward_model) for run in runs],
         shift=[],
     )
+
+
+def _samples_of_pairs(config: SentimentConfig) -> int:
+    """Responses that were drawn for the training pairs; each takes part in several of them."""
+    prefixes = _distinct_prompts(Path(config.out) / DATA / "passages.jsonl")
+    return min(config.pairs.prefixes, len(prefixes)) * config.pairs.samples
 
 
 def _num_pairs(folder: SeedFolder) -> int:

@@ -124,11 +124,12 @@ of the hull."""
 
 FINAL_NOTE = """\
 Efficiency: reward gained over the reference, as a share of what π* gains at the same KL. Gain:
-share of the possible gain of `E r - beta KL` at the method's own beta. Total variation, and
-KL(policy ‖ π*): to the optimum of the same beta; for IPO, unlikelihood, preferred-FT and best-of-n,
-whose strength is no beta, of the same KL. Win rate: against the reference, by the Bradley-Terry
-judge. Correlation: of log(policy / reference) with the true reward, within prompts. The reward
-model solved exactly is π* of what the reward model says: PPO without error of optimisation."""
+share of the possible gain of `E r - beta KL` at the method's own beta. KL(policy ‖ π*): to the
+optimum of the same beta. Total variation: to the same; for IPO, unlikelihood, preferred-FT and
+best-of-n, whose strength is no beta, to the optimum of the same KL. Win rate: against the
+reference, by the Bradley-Terry judge. Correlation: of log(policy / reference) with the true reward,
+within prompts. The reward model solved exactly is π* of what the reward model says: PPO without
+error of optimisation."""
 
 COST_NOTE = f"""\
 Seconds: processor time of training on one thread, at the study's beta, the reward model's
@@ -145,6 +146,8 @@ WHAT_IT_DOES_NOT_SHOW = """\
   that who has only the labels.
 - Steps and learning rates were chosen by hand, in a few trials with seed 0; the effect of the rate
   is in a table above.
+- Online DPO was not tuned: how many pairs are drawn before the next round, and how often they are
+  passed over, decides how much of the labels' noise is left at the end.
 - Responses have four words, models 0.1 million parameters. Sampling is cheap here and generation is
   most of PPO's cost in large models; capacity is ample, so that approximation errors of small
   policies are not in these numbers.

@@ -148,7 +148,8 @@ def final_table(study: ExactStudy) -> list[Cells]:
                     _of(group, lambda m: m.efficiency, 3),
                     _of(group, lambda m: m.gain, 3),
                     _of(group, lambda m: m.total_variation),
-                    _of(group, lambda m: m.kl_to_optimum, 3),
+                    # Of methods with a beta; of others only the optimum of the same KL is known.
+                    _of(group, lambda m: None if m.gain is None else m.kl_to_optimum, 3),
                     _of(group, lambda m: m.win_rate),
                     _of(group, lambda m: m.correlation),
                 ]
