@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from dpo.config import read_config, validate
-from dpo.core.frontier import Point, concave_hull, reward_at_kl
 from dpo.core.losses import dpo
 from dpo.core.stats import mean_interval
 from dpo.errors import DivergedError, InputError
@@ -74,10 +73,12 @@ TINY = {
     "ppo": {"rounds": 1, "rollouts": 16, "epochs": 2, "minibatch_size": 16},
     "online": {"pairs_per_round": 16, "passes": 1},
     "betas": [1.0],
+    "on_policy_betas": [1.0],
     "ipo_betas": [0.2],
     "unlikelihood_alphas": [0.3],
     "best_of": [2, 4],
     "pair_counts": [32],
+    "reward_model_pairs": [32],
     "shares": [0.5],
     "rate_factors": [3.0],
 }
@@ -109,10 +110,12 @@ def test_the_file_shows_every_key_and_its_default():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"beta": 0.5}, "beta: expected one of the betas, got 0.5"),
+        ({"beta": 0.5}, r"betas: expected to find beta \(0\.5\) there"),
+        ({"on_policy_betas": [0.1]}, r"on_policy_betas: expected to find beta \(1\)"),
         ({"seeds": [1, 1]}, "seeds: expected different ones"),
         ({"best_of": [4, 4]}, "best_of: expected different ones"),
         ({"pair_counts": [128]}, "pair_counts: 128 is measured anyway"),
+        ({"reward_model_pairs": [128]}, "reward_model_pairs: 128 is measured anyway"),
         ({"rate_factors": [1.0]}, "rate_factors: 1 is measured anyway"),
         ({"shares": [1.5]}, "shares"),
         ({"betas": []}, "betas: list should have at least 1 item"),
@@ -371,19 +374,22 @@ def test_a_claim_that_the_interval_does_not_decide_is_open():
     assert verdict([math.log(2.0), math.log(2.1)], ratio=True).startswith("2.05 [1.50, 2.79]: **h")
 
 
-def test_frontiers_are_hulls_of_everything_that_a_method_passed(finished):
+def test_frontiers_go_through_the_final_policies(finished):
     study, _ = finished
-    seed = study.seeds[1]
-    own = [r.measured for r in seed.policies if (r.effect, r.method) == (FRONTIER, UNLIKELIHOOD)]
-    hull = concave_hull([Point(0.0, seed.reference_reward), *(Point(m.kl, m.reward) for m in own)])
-    assert rewards_at(study, UNLIKELIHOOD, 2.0)[1] == reward_at_kl(hull, 2.0)
+    for number, seed in enumerate(study.seeds):
+        own = [row.measured for row in study.final(method=BEST_OF_TRUE) if row.seed == seed.seed]
+        for one in own:
+            assert rewards_at(study, BEST_OF_TRUE, one.kl)[number] == pytest.approx(
+                one.reward, abs=1e-3
+            )
+        beyond = rewards_at(study, BEST_OF_TRUE, 4.0)[number]
+        assert beyond == pytest.approx(max(one.reward for one in own))
+        exact = [reward for _, _, reward in seed.frontier]
+        assert exact == sorted(exact)  # the smaller beta, the more
     for method in METHODS:
-        assert all(0 <= share <= 1 + 1e-4 for share in area_shares(study, method))
-    for beta, kl, reward in seed.frontier[::20]:
-        assert (
-            reward <= Measures(make_start(study_config("x"), 1).world).world.reward.max() + beta * 0
-        )
-        assert kl >= 0
+        assert all(0 <= share <= 1 for share in area_shares(study, method))
+    best = area_shares(study, BEST_OF_TRUE)
+    assert min(best) > max(area_shares(study, PPO_TRUE))  # one round of PPO is next to nothing
 
 
 def test_time_to_a_gain_is_that_of_the_first_checkpoint_that_has_it(finished):

@@ -162,7 +162,7 @@ def test_correlation_is_within_prompts_and_leaves_out_those_that_do_not_vary():
 
 def run_of(seed, method, strength, *points, diverged="", seconds=10.0):
     trail = [Measurement(i, kl, 0.1, reward, 0.1) for i, (kl, reward) in enumerate(points, 1)]
-    cost = Cost(seconds, 0.0, 1_000_000, len(points), 100, 5)
+    cost = Cost(seconds, 0.0, 1_000_000, len(points), 100, 0, 5)
     return RunResult(seed, method, strength, trail, None if diverged else cost, diverged)
 
 

@@ -11,14 +11,20 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 
 from dpo.core.exact import World
 from dpo.errors import InputError
 
+Floats = NDArray[np.float64]
+
 SMALLEST_BETA, LARGEST_BETA = 1e-4, 1e4
 """Between them lies, for rewards of ordinary size, all from the greedy policy to the reference."""
 NUM_BISECTIONS = 60
+NUM_STEPS = 1_000
+"""In KL, where a curve has to be looked at everywhere."""
 
 
 class Point(NamedTuple):
@@ -136,3 +142,35 @@ def area_under(hull: Sequence[Point], max_kl: float) -> float:
         (right.kl - left.kl) * ((left.reward + right.reward) / 2 - floor)
         for left, right in pairwise(ends)
     )
+
+
+def tuned_rewards(points: Sequence[Point], exact: Sequence[Point], kls: ArrayLike) -> Floats:
+    """What a method would reach at each KL if its strength were tuned for it, (K,).
+
+    Efficiency (`reward gained over the reference / gained by the optimum of the same KL`) changes
+    little from one strength to the next, so it is what is interpolated, linearly in the KL; below
+    the first point it is the first point's, and beyond the last point the reward stays. The concave
+    hull, which mixes policies, would pay for every gap between two strengths. The result never
+    falls: a smaller KL is allowed as well.
+
+    Args:
+        points: policies of the method at different strengths.
+        exact: the exact frontier by rising KL, from the reference at KL 0 on.
+
+    >>> exact = [Point(0, 0), Point(1, 1), Point(2, 1.5)]
+    >>> tuned_rewards([Point(0.5, 0.4), Point(1.5, 1.25)], exact, [0.25, 1.0, 2.0]).tolist()
+    [0.2, 0.9, 1.25]
+    """
+    own, frontier = np.array(sorted(points), np.float64), np.array(exact, np.float64)
+    reference = frontier[0, 1]
+
+    def possible(kl: Floats) -> Floats:
+        return np.asarray(np.interp(kl, frontier[:, 0], frontier[:, 1]) - reference)
+
+    at = np.asarray(kls, dtype=np.float64)
+    fine = np.linspace(0.0, max(at.max(), own[-1, 0]), NUM_STEPS + 1)
+    grid = np.unique(np.concatenate([at, own[:, 0], fine]))
+    efficiency = (own[:, 1] - reference) / possible(own[:, 0])
+    reached = reference + np.interp(grid, own[:, 0], efficiency) * possible(grid)
+    reached = np.maximum.accumulate(np.where(grid > own[-1, 0], own[-1, 1], reached))
+    return np.asarray(reached[np.searchsorted(grid, at)])

@@ -87,7 +87,7 @@ def best_of_n(rewards: Tensor, ns: Sequence[int], *, scores: Tensor | None = Non
         BestOfN(
             n=n,
             reward=float(expected[n - 1]),
-            kl=float(_best_of_n_kl(levels, n)),
+            kl=max(0.0, float(_best_of_n_kl(levels, n))),  # rounding of n = 1
             kl_bound=best_of_n_kl_bound(n),
         )
         for n in ns

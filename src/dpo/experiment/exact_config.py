@@ -51,7 +51,7 @@ class PPOSettings(Section):
 class OnlineSettings(Section):
     """Where the pairs of online DPO come from; its steps are those of offline DPO."""
 
-    pairs_per_round: Count = Field(512, description="Drawn from the policy and labelled.")
+    pairs_per_round: Count = Field(4_096, description="Drawn from the policy and labelled.")
     passes: Count = Field(4, description="Over the pairs of a round.")
 
 
@@ -70,12 +70,16 @@ class ExactStudyConfig(Section):
     reward_model: FitSettings = FitSettings(steps=1_200, batch_size=128, learning_rate=1e-3)
     ppo: PPOSettings = PPOSettings()
     online: OnlineSettings = OnlineSettings()
-    betas: list[Positive] = Field([1.0, 0.3, 0.1], min_length=1, description="DPO's, PPO's.")
-    ipo_betas: list[Positive] = Field([0.17, 0.03], description="IPO's tau.")
-    unlikelihood_alphas: list[Positive] = Field([0.1, 0.3], description="Its weight.")
+    betas: list[Positive] = Field([1.0, 0.5, 0.3, 0.1], min_length=1, description="DPO's.")
+    on_policy_betas: list[Positive] = Field(
+        [1.0, 0.3, 0.1], min_length=1, description="Of PPO and online DPO."
+    )
+    ipo_betas: list[Positive] = Field([0.17, 0.08, 0.05], description="IPO's tau.")
+    unlikelihood_alphas: list[Positive] = Field([0.3, 1.0], description="Its weight.")
     best_of: list[Count] = Field([2, 4, 16, 64, 256], description="Responses to choose from.")
-    beta: Positive = Field(1.0, description="Where one effect is studied; one of the betas.")
+    beta: Positive = Field(1.0, description="Where one effect is studied; one of both lists.")
     pair_counts: list[Count] = Field([1_000, 5_000, 100_000], description="Beside pairs.")
+    reward_model_pairs: list[Count] = Field([5_000], description="Beside pairs.")
     shares: list[Share] = Field(
         [0.25], description="As many pairs, but of that share of the responses alone."
     )
@@ -83,13 +87,15 @@ class ExactStudyConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ExactStudyConfig:
-        if self.beta not in self.betas:
-            raise ValueError(f"beta: expected one of the betas, got {self.beta:g}")
+        for key in ("betas", "on_policy_betas"):
+            if self.beta not in getattr(self, key):
+                raise ValueError(f"{key}: expected to find beta ({self.beta:g}) there")
         for key, values in self:
             if isinstance(values, list) and len({*values}) < len(values):
                 raise ValueError(f"{key}: expected different ones, got {values}")
-        if self.pairs in self.pair_counts:
-            raise ValueError(f"pair_counts: {self.pairs} is measured anyway, for it is pairs")
+        for key in ("pair_counts", "reward_model_pairs"):
+            if self.pairs in getattr(self, key):
+                raise ValueError(f"{key}: {self.pairs} is measured anyway, for it is pairs")
         if 1.0 in self.rate_factors:
             raise ValueError("rate_factors: 1 is measured anyway")
         return self
@@ -110,9 +116,11 @@ def quick_form(config: ExactStudyConfig) -> ExactStudyConfig:
             "reward_model": shorter(config.reward_model),
             "ppo": config.ppo.model_copy(update={"rounds": rounds}),
             "betas": [config.beta],
-            "ipo_betas": config.ipo_betas[1:2],
-            "unlikelihood_alphas": config.unlikelihood_alphas[1:2],
+            "on_policy_betas": [config.beta],
+            "ipo_betas": config.ipo_betas[:1],
+            "unlikelihood_alphas": config.unlikelihood_alphas[:1],
             "pair_counts": config.pair_counts[:1],
+            "reward_model_pairs": [],
             "shares": config.shares[:1],
             "rate_factors": config.rate_factors[:1],
         }

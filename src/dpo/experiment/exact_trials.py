@@ -165,7 +165,7 @@ def pair_trials(here: Seeded) -> Iterator[Trial]:
         yield _on_pairs(here, UNLIKELIHOOD, alpha, pairs, partial(_unlikelihood, alpha=alpha))
     fit, generator = fit_of(config.offline), here.random(PREFERRED_FT)
     yield Trial(PREFERRED_FT, None, preferred_ft(here.start, pairs, fit, generator))
-    for strength in config.betas:
+    for strength in config.on_policy_betas:
         yield online_trial(here, strength)
     for count in config.pair_counts:
         yield replace(dpo_trial(here, here.pairs[:count], beta), effect=PAIRS, varied=count)
@@ -187,7 +187,7 @@ def reward_trials(here: Seeded, models: Mapping[int, RewardModel]) -> Iterator[T
     config, beta = here.config, here.config.beta
     usual = models[config.pairs]
     for model in (usual, None):
-        for strength in config.betas:
+        for strength in config.on_policy_betas:
             yield ppo_trial(here, strength, model)
         for n in config.best_of:
             yield best_of_trial(here, n, model)
@@ -294,12 +294,13 @@ def run_part(config: ExactStudyConfig, seed: int, part: Part) -> SeedResult:
     """Train and measure the trials of one part of one seed."""
     start = make_start(config, seed)
     world = start.world
-    counts = sorted({config.pairs, *config.pair_counts})
-    pairs = sample_pairs(world, world.log_ref, counts[-1], generator_for(seed, "pairs"))
+    fitted_on = [*config.reward_model_pairs, config.pairs]
+    count = max(*config.pair_counts, *fitted_on)
+    pairs = sample_pairs(world, world.log_ref, count, generator_for(seed, "pairs"))
     here = Seeded(config, seed, start, pairs)
     models: dict[int, RewardModel] = {}
     if part == "rewards":
-        models = {n: reward_model(here, n) for n in counts if n <= config.pairs}
+        models = {count: reward_model(here, count) for count in fitted_on}
         trials = list(reward_trials(here, models))
     else:
         trials = list(pair_trials(here))

@@ -31,7 +31,7 @@ NUM_RESPONSES = len(WORDS) ** LENGTH
 
 VOCABULARY = (*WORDS, *INSTRUCTIONS, *TOPICS)
 """A token's id is its place; the words come first, so that ids below W are words."""
-WIDTH, LAYERS, HEADS = 64, 2, 2
+WIDTH, LAYERS, HEADS = 64, 2, 4
 
 PROMPT_TOKENS = torch.tensor([[VOCABULARY.index(token) for token in prompt] for prompt in PROMPTS])
 RESPONSE_TOKENS = torch.cartesian_prod(*[torch.arange(len(WORDS))] * LENGTH)

@@ -157,7 +157,8 @@ def _cost(run: FrontierRun, num_pairs: int, reward_model: Cost) -> Cost:
         reward_model_seconds=reward_model.seconds,
         peak_memory_bytes=max(own.peak_memory_bytes, reward_model.peak_memory_bytes),
         steps=own.steps,
-        responses=own.responses + reward_model.responses,
+        responses=own.responses,
+        reward_model_responses=reward_model.responses,
         keys=own.keys + reward_model.keys,
     )
 
@@ -173,6 +174,7 @@ def own_cost(config: RunConfig, num_pairs: int) -> Cost:
         peak_memory_bytes=max(peaks),
         steps=int(manifest["steps"]),
         responses=responses_drawn(config, num_pairs),
+        reward_model_responses=0,
         keys=len(named_keys(config)),
     )
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo.core.frontier import reward_at_kl
 from dpo.core.stats import mean_interval
 from dpo.report.exact_study import (
     DPO,
@@ -20,9 +19,10 @@ from dpo.report.exact_study import (
     PAIRS,
     PPO_RM,
     PPO_TRUE,
+    RM_SOLVED,
     ExactStudy,
     PolicyRow,
-    exact_hulls,
+    exact_rewards_at,
     grouped,
     mean,
 )
@@ -40,6 +40,8 @@ from dpo.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LEAST_EFFICIENCY = 0.75
+
 Value = Callable[[PolicyRow], float]
 
 
@@ -49,21 +51,25 @@ def frontier_figure(study: ExactStudy, stem: Path) -> list[Path]:
         figure = new_figure(DOUBLE_COLUMN, 3.7)
         left, right = figure.subplots(1, 2)
         kl = np.linspace(0, MAX_KL * 1.25, 201)
-        best = [mean([reward_at_kl(hull, x) for hull in exact_hulls(study)]) for x in kl]
+        best = [mean(exact_rewards_at(study, float(x))) for x in kl]
         left.plot(kl, best, color=INK, lw=1.0, label="π*, exact", zorder=1)
         right.axhline(1, color=INK, lw=1.0, zorder=1)
-        for index, method in enumerate(METHODS):
+        for index, method in enumerate(m for m in METHODS if m != RM_SOLVED):
+            for group in grouped_by_step(study, method):
+                values = ([_kl(row) for row in group], [_reward(row) for row in group])
+                left.plot(*map(mean, values), ms=2, alpha=0.35, mew=0, **look(index))
             groups = grouped(study.final(method=method))
-            _points(left, groups, _kl, _reward, index, label=method)
-            _points(right, groups, _kl, _efficiency, index)
+            _points(left, groups, _kl, _reward, index, label=method, lw=0)
+            _points(right, groups, _kl, _efficiency, index, lw=0.8)
         left.set(xlabel=KL_LABEL, ylabel="Expected true reward", xlim=(0, MAX_KL * 1.25))
         right.set(xlabel=KL_LABEL, ylabel="Efficiency (reward gained / possible)")
-        right.set(xlim=(0, MAX_KL * 1.25), ylim=(0.5, 1.02))
+        right.set(xlim=(0, MAX_KL * 1.25), ylim=(LEAST_EFFICIENCY, 1.01))
         figure.legend(loc="outside upper left", ncols=4)
         caption(
             figure,
-            f"A point: a method at the end of its training, at one strength; mean over "
-            f"{_seeds(study)}. Bars: 95% (Student). Efficiencies below 0.5 are not drawn.",
+            "Large: a method at the end of its training, at one strength. Small: on the way there. "
+            f"Mean over\n{_seeds(study)}; bars: 95% (Student). Efficiencies below "
+            f"{LEAST_EFFICIENCY:g} are not drawn.",
         )
         rows = [
             (
@@ -85,6 +91,14 @@ def frontier_figure(study: ExactStudy, stem: Path) -> list[Path]:
         ]
         header = ["seed", "method", "strength", "step", "last", "kl", "reward", "efficiency"]
         return save_figure(figure, stem, header, rows)
+
+
+def grouped_by_step(study: ExactStudy, method: str) -> list[list[PolicyRow]]:
+    """Policies on the way, those of all seeds after the same step of the same training together."""
+    groups: dict[tuple[float | None, int], list[PolicyRow]] = {}
+    for row in study.rows(FRONTIER, method):
+        groups.setdefault((row.strength, row.step), []).append(row)
+    return list(groups.values())
 
 
 def data_figure(study: ExactStudy, stem: Path) -> list[Path]:
@@ -163,7 +177,7 @@ def time_figure(study: ExactStudy, stem: Path) -> list[Path]:
         figure.legend(loc="outside upper left", ncols=2)
         caption(
             figure,
-            f"beta {study.beta:g}; one thread; the reward model's training counts. "
+            f"beta {study.beta:g}; the reward model's training counts.\n"
             f"Mean over {_seeds(study)}; bars: 95% (Student).",
         )
         return save_figure(figure, stem, ["seed", "method", "step", "seconds", "gain"], rows)
@@ -182,8 +196,9 @@ def _points(
     index: int,
     *,
     label: str | None = None,
+    lw: float = 0.8,
 ) -> None:
-    """A marker for each group of seeds, joined by a thin line, with both intervals."""
+    """A marker for each group of seeds, joined by a line of that width, with both intervals."""
     known = [g for g in groups if all(math.isfinite(x(row) + y(row)) for row in g)]
     drawn = sorted(known, key=lambda group: mean([x(row) for row in group]))
     if not drawn:
@@ -191,7 +206,7 @@ def _points(
     xs, x_bars = _with_bars(drawn, x)
     ys, y_bars = _with_bars(drawn, y)
     axes.errorbar(
-        xs, ys, xerr=x_bars, yerr=y_bars, label=label, lw=0.6, elinewidth=0.7, **look(index)
+        xs, ys, xerr=x_bars, yerr=y_bars, label=label, lw=lw, elinewidth=0.7, **look(index)
     )
 
 

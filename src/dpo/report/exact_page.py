@@ -113,14 +113,16 @@ def what_was_done(study: ExactStudy) -> str:
 CLAIMS_NOTE = """\
 "Simpler, faster, more stable than PPO", and a better frontier "even when PPO has the true reward"
 (Rafailov et al. 2023, Section 6.1): each as a difference or ratio between methods that share seed,
-reference and data. *Holds* and *does not hold*: the interval lies on one side. *Open*: it does
-not, which is no proof of equality."""
+reference and data. PPO on the true reward is told numbers where DPO is told which of two is better.
+*Holds* and *does not hold*: the interval lies on one side. *Open*: it does not, which is no proof
+of equality."""
 
 FRONTIER_NOTE = f"""\
-A method's frontier is the concave hull of the reference and all its policies, over strengths and
-along training: what one reaches who picks the best of them, or mixes two. Area: between the hull
-and the reference's reward up to {MAX_KL:g} nats, as a share of that of π*. Reward at a KL: height
-of the hull."""
+A method's frontier is what it would reach at a KL if its strength were tuned for it: its efficiency
+(reward gained, as a share of what π* gains at the same KL) is interpolated between its strengths,
+at the end of training. Below the smallest KL efficiency stays, beyond the largest the reward does.
+Area: between the frontier and the reference's reward up to {MAX_KL:g} nats, as a share of that of
+π*."""
 
 FINAL_NOTE = """\
 Efficiency: reward gained over the reference, as a share of what π* gains at the same KL. Gain:
@@ -142,12 +144,10 @@ computed once here, which is cheaper than with real models; sampling is not."""
 
 WHAT_IT_DOES_NOT_SHOW = """\
 - The judge follows Bradley-Terry exactly, as DPO and the reward model assume.
-- Policies of a method are picked by their true reward when its frontier is drawn; nobody can do
-  that who has only the labels.
-- Steps and learning rates were chosen by hand, in a few trials with seed 0; the effect of the rate
-  is in a table above.
-- Online DPO was not tuned: how many pairs are drawn before the next round, and how often they are
-  passed over, decides how much of the labels' noise is left at the end.
+- Nobody who has only the labels can tune a strength to a KL and see the true reward there. Beyond
+  the KL of the greedy policy (about 5 nats) efficiency is high by itself.
+- Steps, learning rates and the size of online DPO's rounds were chosen by hand, in a few trials
+  with seed 0; the effect of the rate is in a table above.
 - Responses have four words, models 0.1 million parameters. Sampling is cheap here and generation is
   most of PPO's cost in large models; capacity is ample, so that approximation errors of small
   policies are not in these numbers.

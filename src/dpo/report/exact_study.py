@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.atomic import write_json, write_text
-from dpo.core.frontier import Point, area_under, concave_hull, reward_at_kl
+from dpo.core.frontier import Floats, Point, area_under, reward_at_kl, tuned_rewards
 from dpo.core.stats import mean_interval
 from dpo.evaluate.exact import Measured
 
@@ -230,37 +230,45 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def hulls(study: ExactStudy, method: str) -> list[list[Point]]:
-    """The frontier of a method, one a seed: the concave hull of the reference and all its policies,
-    over strengths and training time.
-    """
-    found = []
-    for seed in study.seeds:
-        own = [r.measured for r in seed.policies if (r.effect, r.method) == (FRONTIER, method)]
-        points = [Point(one.kl, one.reward) for one in own]
-        found.append(concave_hull([Point(0.0, seed.reference_reward), *points]))
-    return found
-
-
-def exact_hulls(study: ExactStudy) -> list[list[Point]]:
-    """The frontier of the optimum, one a seed."""
-    return [
-        concave_hull([Point(0.0, s.reference_reward), *(Point(kl, r) for _, kl, r in s.frontier)])
-        for s in study.seeds
-    ]
-
-
-def area_shares(study: ExactStudy, method: str) -> list[float]:
-    """Area under a method's frontier as a share of the exact one's, up to `MAX_KL`, one a seed."""
-    return [
-        area_under(own, MAX_KL) / area_under(best, MAX_KL)
-        for own, best in zip(hulls(study, method), exact_hulls(study), strict=True)
-    ]
+def exact_frontier(seed: SeedResult) -> list[Point]:
+    """The reference and the optima, by rising KL."""
+    optima = [Point(kl, reward) for _, kl, reward in seed.frontier]
+    return [Point(0.0, seed.reference_reward), *sorted(optima)]
 
 
 def rewards_at(study: ExactStudy, method: str, kl: float) -> list[float]:
-    """Height of a method's frontier at a KL, one a seed."""
-    return [reward_at_kl(hull, kl) for hull in hulls(study, method)]
+    """Reward of a method tuned to a KL, one a seed."""
+    return [float(_tuned(seed, method, [kl])[0]) for seed in study.seeds]
+
+
+def exact_rewards_at(study: ExactStudy, kl: float) -> list[float]:
+    """Reward of the optimum at a KL, one a seed."""
+    return [reward_at_kl(exact_frontier(seed), kl) for seed in study.seeds]
+
+
+def area_shares(study: ExactStudy, method: str) -> list[float]:
+    """Area between a method's frontier and the reference's reward up to `MAX_KL`, as a share of
+    that of the optimum's, one a seed.
+    """
+    shares = []
+    for seed in study.seeds:
+        own = [Point(*xy) for xy in zip(GRID, _tuned(seed, method, GRID), strict=True)]
+        shares.append(area_under(own, MAX_KL) / area_under(exact_frontier(seed), MAX_KL))
+    return shares
+
+
+GRID = [MAX_KL * k / 400 for k in range(401)]
+"""KLs at which a frontier is summed."""
+
+
+def _tuned(seed: SeedResult, method: str, kls: Sequence[float]) -> Floats:
+    """A method's frontier through its final policies."""
+    points = [
+        Point(row.measured.kl, row.measured.reward)
+        for row in seed.policies
+        if (row.effect, row.method, row.last) == (FRONTIER, method, True)
+    ]
+    return tuned_rewards(points, exact_frontier(seed), kls)
 
 
 def gains(rows: Iterable[PolicyRow]) -> dict[int, float]:

@@ -460,6 +460,7 @@ def cost_table(study: FrontierStudy) -> list[Cells]:
             "models in memory",
             "gradient steps",
             "answers sampled",
+            "and for the reward model",
             "keys",
         ]
     ]
@@ -477,6 +478,7 @@ def cost_table(study: FrontierStudy) -> list[Cells]:
                     f"{len(models)}: {', '.join(models)}",
                     f"{mean([c.steps for c in costs]):.0f}",
                     f"{mean([c.responses for c in costs]):,.0f}",
+                    f"{mean([c.reward_model_responses for c in costs]):,.0f}" if of_model else "",
                     f"{mean([c.keys for c in costs]):.0f}",
                 ]
             )

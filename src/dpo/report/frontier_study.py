@@ -83,6 +83,8 @@ class Cost:
     """Gradient steps of the policy."""
     responses: int
     """Drawn for training; pairs are two responses each."""
+    reward_model_responses: int
+    """Of the pairs that its reward model is trained on."""
     keys: int
     """Settings that its configurations name, apart from model, data, folder, seed and measuring."""
 

@@ -14,6 +14,7 @@ from dpo.core.frontier import (
     merge_equal_rewards,
     optimum_at_kl,
     reward_at_kl,
+    tuned_rewards,
 )
 from dpo.errors import InputError
 
@@ -108,6 +109,45 @@ def test_the_area_is_that_of_a_fine_sum(max_kl):
     x = np.linspace(0, max_kl, 20_001)
     heights = np.array([reward_at_kl(hull, float(kl)) for kl in x]) - 0.3
     assert area_under(hull, max_kl) == pytest.approx(np.trapezoid(heights, x), rel=1e-4)
+
+
+def exact_points(world):
+    found = world.frontier([10 ** (k / 20) for k in range(60, -61, -1)])
+    optima = [Point(*xy) for xy in zip(found.kl.tolist(), found.reward.tolist(), strict=True)]
+    return [Point(0.0, float(world.expected_reward(world.log_ref))), *optima]
+
+
+def test_a_few_optima_tuned_are_the_exact_frontier_between_them():
+    """Where the hull of the same policies is below it."""
+    world = small_world()
+    exact = exact_points(world)
+    policies = [world.optimum(beta=beta) for beta in (2.0, 0.3, 0.02)]
+    points = [Point(float(world.kl_to_ref(p)), float(world.expected_reward(p))) for p in policies]
+    kls = np.linspace(0.01, points[-1].kl, 7)
+    expected = [optimum_at_kl(world, float(kl)).reward for kl in kls]
+    assert tuned_rewards(points, exact, kls) == pytest.approx(np.array(expected), abs=2e-3)
+    hull = concave_hull([exact[0], *points])
+    assert reward_at_kl(hull, 0.3) < optimum_at_kl(world, 0.3).reward - 0.05
+
+
+def test_a_policy_that_gains_half_of_what_is_possible_does_so_at_any_smaller_kl():
+    world = small_world()
+    exact = exact_points(world)
+    start, far = exact[0].reward, exact[-1].kl
+    half = Point(1.0, start + (optimum_at_kl(world, 1.0).reward - start) / 2)
+    found = tuned_rewards([half], exact, [0.0, 0.5, 1.0, far])
+    between = start + (optimum_at_kl(world, 0.5).reward - start) / 2
+    assert found == pytest.approx([start, between, half.reward, half.reward], abs=1e-3)
+
+
+def test_more_kl_with_less_reward_takes_nothing_away():
+    exact = [Point(0.0, 0.0), Point(4.0, 4.0)]
+    kls = np.linspace(0, 3, 61)
+    found = tuned_rewards([Point(1.0, 0.9), Point(2.0, 0.5)], exact, kls)
+    assert (np.diff(found) >= 0).all()
+    # Between the two: the most of KL · efficiency, (0.9 - 0.65 (kl - 1)) kl, is at kl = 1.55 / 1.3.
+    assert found[-1] == pytest.approx(1.55**2 / (4 * 0.65), abs=1e-3)
+    assert found[20] == pytest.approx(0.9)
 
 
 def test_a_frontier_says_nothing_before_its_first_point():
