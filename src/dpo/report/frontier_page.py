@@ -240,13 +240,13 @@ WHAT_IT_DOES_NOT_SHOW = """\
 - The judge follows Bradley-Terry exactly, as DPO and the reward model assume.
 - Policies of a method are picked by their true reward when its frontier is drawn; nobody can do
   that who has only labels.
-- Settings were chosen by hand in trials with one other seed, and not with equal care: three learning
-  rates for DPO, two schedules for PPO with the true reward (whose settings PPO with the reward model
-  took over), two rates for the reward model, one for IPO, none for preferred-FT and unlikelihood;
-  online DPO was tried with four samples a question and has two. Somebody who tunes one of them
-  longer will find it better.
-- Policies stop at different KL. Beyond a method's furthest policy its frontier is level, so a reward
-  at 2 or 4 nats compares a policy that went there with one that did not.
+- Settings were chosen by hand in trials with one other seed, and not with equal care: three
+  learning rates for DPO, two schedules for PPO with the true reward (whose settings PPO with the
+  reward model took over), two rates for the reward model, one for IPO, none for preferred-FT and
+  unlikelihood; online DPO was tried with four samples a question and has two. Somebody who tunes
+  one of them longer will find it better.
+- Policies stop at different KL. Beyond a method's furthest policy its frontier is level, so a
+  reward at 2 or 4 nats compares a policy that went there with one that did not.
 - The models have 0.2 million parameters and answers 48 tokens at most. Sampling is cheap here, and
   it is most of PPO's cost in large models.
 - The intervals are over seeds: weights, demonstrations, pairs, order. The language is one, and so
