@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 LEAST_EFFICIENCY = 0.75
 
+Row = TypeVar("Row")
 Value = Callable[[PolicyRow], float]
 
 
@@ -203,8 +204,8 @@ def _points(
     drawn = sorted(known, key=lambda group: mean([x(row) for row in group]))
     if not drawn:
         return
-    xs, x_bars = _with_bars(drawn, x)
-    ys, y_bars = _with_bars(drawn, y)
+    xs, x_bars = with_bars(drawn, x)
+    ys, y_bars = with_bars(drawn, y)
     axes.errorbar(
         xs, ys, xerr=x_bars, yerr=y_bars, label=label, lw=lw, elinewidth=0.7, **look(index)
     )
@@ -216,14 +217,14 @@ def _line(
     known = {x: g for x, g in groups.items() if all(math.isfinite(y(row)) for row in g)}
     if not known:
         return
-    ys, bars = _with_bars(list(known.values()), y)
+    ys, bars = with_bars(list(known.values()), y)
     axes.errorbar(list(known), ys, yerr=bars, label=label or None, elinewidth=0.9, **look(index))
 
 
-def _with_bars(
-    groups: Sequence[Sequence[PolicyRow]], value: Value
+def with_bars(
+    groups: Sequence[Sequence[Row]], value: Callable[[Row], float]
 ) -> tuple[list[float], list[list[float]] | None]:
-    """Means, and how far the intervals go below and above; none for single seeds."""
+    """Means, and how far Student's intervals go below and above; none where a group has one."""
     values = [[value(row) for row in group] for group in groups]
     means = [mean(own) for own in values]
     if min(len(own) for own in values) < 2:

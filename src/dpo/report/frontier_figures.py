@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpo.core.frontier import Point, reward_at_kl
-from dpo.core.stats import mean_interval
 from dpo.evaluate.frontier import BestOfN
+from dpo.report.exact_figures import with_bars
 from dpo.report.exact_study import DPO, ONLINE_DPO, PPO_RM, PPO_TRUE, mean
 from dpo.report.exact_study import METHODS as ORDER  # one colour a method in both studies
 from dpo.report.figures import KL_LABEL
@@ -109,8 +109,8 @@ def _joined(axes: Axes, groups: Sequence[Sequence[RunResult]], index: int, label
     """Strengths in their order, with intervals over seeds both ways."""
     if not groups:
         return
-    kl, kl_bars = _with_bars(groups, lambda run: run.last.kl)
-    reward, reward_bars = _with_bars(groups, lambda run: run.last.reward)
+    kl, kl_bars = with_bars(groups, lambda run: run.last.kl)
+    reward, reward_bars = with_bars(groups, lambda run: run.last.reward)
     if kl_bars is not None:
         kl_bars[0] = [min(bar, x) for bar, x in zip(kl_bars[0], kl, strict=True)]
     axes.errorbar(
@@ -166,7 +166,7 @@ def shift_figure(study: FrontierStudy, stem: Path) -> list[Path]:
         for axes, on_kind in zip(panels, (False, True), strict=True):
             for index, without in enumerate((False, True)):
                 groups = [_of(rows, method, without, on_kind) for method in methods]
-                height, bars = _with_bars(groups, lambda row: row.reward)
+                height, bars = with_bars(groups, lambda row: row.reward)
                 axes.errorbar(
                     np.arange(len(methods)) + 0.16 * (2 * index - 1),
                     height,
@@ -208,8 +208,8 @@ def cost_figure(study: FrontierStudy, stem: Path) -> list[Path]:
             if not both:
                 continue
             rows += [(s, method, time[s], share[s]) for s in time if s in share]
-            x, x_bars = _with_bars([both], lambda pair: pair[0])
-            y, y_bars = _with_bars([both], lambda pair: pair[1])
+            x, x_bars = with_bars([both], lambda pair: pair[0])
+            y, y_bars = with_bars([both], lambda pair: pair[1])
             axes.errorbar(
                 x,
                 y,
@@ -231,17 +231,3 @@ def cost_figure(study: FrontierStudy, stem: Path) -> list[Path]:
 def _seeds(study: FrontierStudy) -> str:
     count = len(study.seeds)
     return "one seed" if count == 1 else f"{count} seeds"
-
-
-def _with_bars(
-    groups: Sequence[Sequence[object]], value: Callable[..., float]
-) -> tuple[list[float], list[list[float]] | None]:
-    """Means, and how far Student's intervals go below and above; none where a group has one."""
-    values = [[value(row) for row in group] for group in groups]
-    means = [mean(own) for own in values]
-    if min(len(own) for own in values) < 2:
-        return means, None
-    ends = [mean_interval(own) for own in values]
-    below = [centre - low for centre, (low, _) in zip(means, ends, strict=True)]
-    above = [high - centre for centre, (_, high) in zip(means, ends, strict=True)]
-    return means, [below, above]

@@ -137,7 +137,7 @@ def page(study: FrontierStudy) -> str:
         "## Stability",
         markdown(stability_table(study)),
         STABILITY_NOTE,
-        *_diverged(study),
+        *diverged_runs(study),
         "## Cost",
         markdown(cost_table(study)),
         _cost_note(study),
@@ -392,18 +392,24 @@ def best_of_table(study: FrontierStudy) -> list[Cells]:
     return lines
 
 
-def reward_model_table(study: FrontierStudy) -> list[Cells]:
-    """How well the reward model fits what it was trained for, and what it should be."""
+def reward_model_table(
+    study: FrontierStudy, *, unit: str = "questions", pairs: str = "labelled pairs"
+) -> list[Cells]:
+    """How well the reward model fits what it was trained for, and what it should be.
+
+    Args:
+        unit, pairs: what prompts and the held-out pairs are called.
+    """
     fits = [seed.reward_model for seed in study.seeds]
     return [
-        ["on held-out questions", "reward model", "true reward"],
+        [f"on held-out {unit}", "reward model", "true reward"],
         [
-            "accuracy on labelled pairs",
+            f"accuracy on {pairs}",
             spread([fit.accuracy for fit in fits], 3),
             spread([fit.label_accuracy for fit in fits], 3),
         ],
         [
-            "correlation with the true reward, within questions",
+            f"correlation with the true reward, within {unit}",
             spread([fit.correlation for fit in fits], 3),
             "1",
         ],
@@ -632,7 +638,8 @@ def _answer(values: Sequence[float], yes: str, no: str, unknown: str) -> str:
     return yes if low > 0 else no if high < 0 else unknown
 
 
-def _diverged(study: FrontierStudy) -> list[str]:
+def diverged_runs(study: FrontierStudy) -> list[str]:
+    """A part of the page for runs without a policy, with the sentence that each ended with."""
     said = [
         f"- {run.method}, {run.strength:g}, seed {run.seed}: {run.diverged}"
         for method in TRAINED

@@ -20,6 +20,8 @@ from dpo.report.frontier_page import (
     Cells,
     best_of_table,
     cost_table,
+    diverged_runs,
+    reward_model_table,
     stability_table,
     write_table,
 )
@@ -107,12 +109,12 @@ def page(study: FrontierStudy, facts: SentimentFacts) -> str:
         "## Where each method ends",
         markdown(final_table(study)),
         _final_note(study),
-        *_diverged(study),
+        *diverged_runs(study),
         "## Best-of-n",
         markdown(best_of_table(study)),
         BEST_OF_NOTE,
         "## The reward model",
-        markdown(reward_model_table(study)),
+        markdown(reward_model_table(study, unit="prefixes", pairs="pairs")),
         *_stability(study),
         "## Cost",
         markdown(cost_table(study)),
@@ -360,33 +362,6 @@ def _final_note(study: FrontierStudy) -> str:
         f"{study.known_kl:.1f}. The strength of preferred-FT is its learning rate, for it has no "
         "other."
     )
-
-
-def _diverged(study: FrontierStudy) -> list[str]:
-    said = [
-        f"- {run.method}, {run.strength:g}, seed {run.seed}: {run.diverged}"
-        for method in TRAINED
-        for run in study.diverged(method)
-    ]
-    return ["### Runs that diverged", "\n".join(said)] if said else []
-
-
-def reward_model_table(study: FrontierStudy) -> list[Cells]:
-    """How well the model that was learnt from the pairs fits them, and the true reward."""
-    fits = [seed.reward_model for seed in study.seeds]
-    return [
-        ["on held-out prefixes", "reward model", "true reward"],
-        [
-            "accuracy on pairs",
-            spread([fit.accuracy for fit in fits], 3),
-            spread([fit.label_accuracy for fit in fits], 3),
-        ],
-        [
-            "correlation with the true reward, within prefixes",
-            spread([fit.correlation for fit in fits], 3),
-            "1",
-        ],
-    ]
 
 
 def _stability(study: FrontierStudy) -> list[str]:

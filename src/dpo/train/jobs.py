@@ -11,17 +11,16 @@ from dpo.config import DataConfig, PreferenceConfig, SFTConfig
 from dpo.data.prompts import as_text
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
-from dpo.models.load import max_positions, weights_digest
+from dpo.models.load import weights_digest
 from dpo.models.recompute import enable_recomputation
 from dpo.progress import counting
 from dpo.train.encoded import KINDS
 from dpo.train.loop import fit
 from dpo.train.objective import Objective, check_scores, make_objective
-from dpo.train.on_policy import OnPolicyEvaluation
+from dpo.train.on_policy import OnPolicyEvaluation, evaluation_on_policy
 from dpo.train.preference import PreferenceMethod
 from dpo.train.prepare import (
     SplitData,
-    encode_prompts,
     load_demonstrations,
     load_judgements,
     load_preferences,
@@ -217,21 +216,12 @@ def _on_policy(
     settings = config.evaluation
     if (reference is None and reward is None) or settings.kl_prompts == 0:
         return None
-    prompts = distinct_prompts(held_out, settings.kl_prompts, config.seed)
-    return OnPolicyEvaluation(
-        prompts=prompts,
-        ids=encode_prompts(
-            encoder,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            positions=max_positions(policy.model),
-        ),
-        encoder=encoder,
+    return evaluation_on_policy(
+        config,
+        policy.model,
+        encoder,
+        distinct_prompts(held_out, settings.kl_prompts, config.seed),
         reference=None if reference is None else reference.model,
         reward=reward,
         samples_per_prompt=settings.kl_samples,
-        max_new_tokens=settings.max_new_tokens,
-        max_tokens=config.batch.max_tokens,
-        precision=config.precision,
-        seed=config.seed,
     )

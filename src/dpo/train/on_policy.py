@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from dpo.config import RunConfig
 from dpo.data.tokenize import Encoder
 from dpo.models.divergence import kl_of_samples, mean_over_prompts, sample_on_policy
 from dpo.models.generate import SampledResponse
+from dpo.models.load import max_positions
+from dpo.train.prepare import encode_prompts
 from dpo.train.reward_source import RewardFunction
 
 
@@ -71,3 +74,31 @@ class OnPolicyEvaluation:
         rewards = self.reward(prompts, [self.encoder.decode(s.ids) for s in samples])
         mean, stderr = mean_over_prompts(rewards.numpy(), num_prompts=len(self.prompts))
         return {"eval/reward": mean, "eval/reward_stderr": stderr}
+
+
+def evaluation_on_policy(
+    config: RunConfig,
+    policy: nn.Module,
+    encoder: Encoder,
+    prompts: Sequence[Any],
+    *,
+    reference: nn.Module | None,
+    reward: RewardFunction | None,
+    samples_per_prompt: int,
+) -> OnPolicyEvaluation:
+    """The evaluation of a run on some held-out prompts, with the run's settings."""
+    longest = config.evaluation.max_new_tokens
+    return OnPolicyEvaluation(
+        prompts=prompts,
+        ids=encode_prompts(
+            encoder, prompts, max_new_tokens=longest, positions=max_positions(policy)
+        ),
+        encoder=encoder,
+        reference=reference,
+        reward=reward,
+        samples_per_prompt=samples_per_prompt,
+        max_new_tokens=longest,
+        max_tokens=config.batch.max_tokens,
+        precision=config.precision,
+        seed=config.seed,
+    )

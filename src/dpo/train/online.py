@@ -35,7 +35,7 @@ from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.train.jobs import check_same_tokens
 from dpo.train.loop import BatchResult, fit
 from dpo.train.objective import make_objective, reward_scale
-from dpo.train.on_policy import OnPolicyEvaluation
+from dpo.train.on_policy import OnPolicyEvaluation, evaluation_on_policy
 from dpo.train.preference import PreferenceMethod, move_reference
 from dpo.train.prepare import encode_prompts, load_prompts
 from dpo.train.reference import score_all
@@ -291,23 +291,14 @@ def held_out_measures(
 ) -> OnPolicyEvaluation:
     """What is measured on samples for held-out prompts: reward and KL."""
     settings = config.evaluation
-    prompts = distinct_prompts(rows, settings.max_rows, config.seed)
-    return OnPolicyEvaluation(
-        prompts=prompts,
-        ids=encode_prompts(
-            encoder,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            positions=max_positions(policy.model),
-        ),
-        encoder=encoder,
+    return evaluation_on_policy(
+        config,
+        policy.model,
+        encoder,
+        distinct_prompts(rows, settings.max_rows, config.seed),
         reference=reference.model,
         reward=reward,
         samples_per_prompt=settings.samples_per_prompt,
-        max_new_tokens=settings.max_new_tokens,
-        max_tokens=config.batch.max_tokens,
-        precision=config.precision,
-        seed=config.seed,
     )
 
 
