@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -10,10 +11,11 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import DPOError, StorageError
+from dpo.errors import DPOError, InputError, StorageError
 
 _STORAGE_FAILURES = {
     errno.ENOSPC: "the disk is full",
@@ -91,14 +93,18 @@ def _fsync_file(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
     """Write a text file whole or not at all.
+
+    Args:
+        errors: what becomes of a lone surrogate, which UTF-8 cannot hold: "backslashreplace" makes
+            it its JSON escape.
 
     Raises:
         StorageError: the disk is full, read-only or gone; an older file is left as it was.
     """
     with replace_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors=errors, newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -145,6 +151,21 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             if old.exists() and not folder.exists():
                 old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def lock_folder(folder: Path) -> TextIOWrapper:
+    """Hold a folder for this process until the stream is closed or the process ends.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    stream = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        raise InputError(f"out: another process is working in {folder}.") from error
+    return stream
 
 
 def clean_up(folder: Path) -> None:

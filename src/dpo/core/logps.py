@@ -42,6 +42,15 @@ def sum_per_sequence(values: Tensor, sequence: Tensor, num_sequences: int) -> Te
     return total.index_add(0, sequence, values.double())
 
 
+def token_entropy(logits: Tensor) -> Tensor:
+    """`-sum_v pi(v) log pi(v)` of each next-token distribution, (N,), in nats, from logits (N, V).
+
+    0 where one token is certain, `log V` where all are equally likely.
+    """
+    logps = at_least_float32(logits).log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
 def token_kl(policy_logits: Tensor, reference_logits: Tensor) -> Tensor:
     """`KL(policy || reference)` of the next-token distributions, (N,), in nats, never negative.
 

@@ -118,6 +118,55 @@ def clustered_mean_interval(
     return Interval(float(sample.mean()) - half, float(sample.mean()) + half)
 
 
+def clustered_bootstrap_interval(
+    values: ArrayLike,
+    clusters: Sequence[Hashable],
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 5_000,
+    seed: int = 0,
+) -> Interval | None:
+    """Bootstrap interval for the mean of all values when whole clusters are drawn again.
+
+    Clusters (prompts) are drawn with replacement, each with all its values; the mean of a draw is
+    `sum_g s_g / sum_g n_g`, s_g the sum of a cluster's values and n_g their number. The interval is
+    bias-corrected and accelerated (BCa). It assumes no distribution, and so checks the intervals
+    that do; with few clusters it is too narrow. The same seed gives the same interval.
+
+    None where nothing can be resampled: below two clusters, or all clusters have the same mean.
+
+    Source: Efron 1987, Better bootstrap confidence intervals; clusters: Davison and Hinkley 1997,
+    section 3.8. Computed by `scipy.stats.bootstrap`.
+
+    Raises:
+        InputError: on unequal lengths, a value that is not finite, num_resamples below 1, or a
+            confidence outside (0, 1).
+    """
+    sample, groups = _values_and_groups(values, clusters)
+    _check_confidence(confidence)
+    if num_resamples < 1:
+        raise InputError(f"num_resamples must be at least 1; got {num_resamples}.")
+    sums = np.bincount(groups, weights=sample)
+    counts = np.bincount(groups).astype(np.float64)
+    if len(set((sums / counts).tolist())) < 2:
+        return None
+    found = (
+        _scipy_stats()
+        .bootstrap(
+            (sums, counts),
+            lambda s, n, axis: s.sum(axis=axis) / n.sum(axis=axis),
+            paired=True,
+            vectorized=True,
+            confidence_level=confidence,
+            n_resamples=num_resamples,
+            batch=max(1, 1_000_000 // len(sums)),  # bounds the memory: 8 MB of sums at once
+            rng=np.random.default_rng(seed),
+        )
+        .confidence_interval
+    )
+    return Interval(float(found.low), float(found.high))
+
+
 def paired_proportion_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Interval:
     """Interval for a difference of two proportions measured on the same prompts, within [-1, 1].
 
@@ -247,7 +296,8 @@ def required_n_for_difference(
 
     Paired (`discordant` given: the share of prompts on which exactly one of the two wins), prompts
     that both answer: `n = (z_{1-alpha/2} sqrt(discordant) + z_power sqrt(discordant - delta²))² /
-    delta²`.
+    delta²`. `discordant` is the mean squared difference of two verdicts, and where prompts have
+    several samples, that of two win shares takes its place.
 
     Source: Fleiss 1981, Statistical methods for rates and proportions; Connor 1987,
     Sample size for testing differences in proportions for the paired-sample design. Without
@@ -278,6 +328,39 @@ def required_n_for_difference(
         raise InputError(f"discordant must lie within [|delta|, 1]; got {discordant}.")
     quantiles = _normal_quantile(1 - alpha) * math.sqrt(null) + z_power * math.sqrt(alternative)
     return math.ceil((quantiles / delta) ** 2)
+
+
+def detectable_difference(
+    n: int, *, discordant: float, power: float = 0.8, alpha: float = 0.05
+) -> float | None:
+    """The smallest difference of two win rates that n paired prompts show, by a two-sided test.
+
+    The inverse of `required_n_for_difference(..., discordant=...)`, z = z_{1-alpha/2} and
+    y = z_power: `r = (z sqrt(n) + y sqrt(n + y² - z²)) / (n + y²)`, and the difference is
+    `r sqrt(discordant)`. No difference exceeds the share of discordant prompts; where this one
+    would, that share is taken to be the difference itself, which gives `r²`.
+
+    None where n <= z²: so few prompts show nothing, even if one of the two wins them all.
+
+    Source: Connor's equation (see there), solved for the difference.
+
+    Raises:
+        InputError: on a negative n, a power or level outside (0, 1), or a discordant share
+            outside [0, 1].
+
+    >>> round(detectable_difference(234, discordant=0.3), 3)
+    0.1
+    """
+    for name, rate in {"power": power, "alpha": alpha}.items():
+        if not 0 < rate < 1:
+            raise InputError(f"{name} must lie within (0, 1); got {rate}.")
+    if n < 0 or not 0 <= discordant <= 1:
+        raise InputError(f"expected n >= 0 and a share; got n={n}, discordant={discordant}.")
+    z, y = _normal_quantile(1 - alpha), float(_scipy_stats().norm.ppf(power))
+    if n <= z**2:
+        return None
+    r = (z * math.sqrt(n) + y * math.sqrt(n + y**2 - z**2)) / (n + y**2)
+    return r * max(math.sqrt(discordant), r)
 
 
 class ConfidenceBin(NamedTuple):

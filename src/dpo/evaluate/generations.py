@@ -19,8 +19,13 @@ from dpo.data.rows import PreferenceRow
 from dpo.data.tokenize import Encoder
 from dpo.evaluate.records import Generation
 from dpo.models.generate import generate
-from dpo.models.load import max_positions, weights_digest
+from dpo.models.load import max_positions, tokenizer_digest, weights_digest
 from dpo.train.prepare import encode_prompts
+
+CHUNK_BATCHES = 4
+"""Batches of responses between two writes."""
+NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Entries of a configuration that say where a model is from, or that its weights say themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,8 @@ def sample_responses(
     """Responses to each row's prompt at each temperature, in the order temperature, row, sample.
 
     Each temperature's responses go to a file in `folder` named by a digest of all that decides them
-    (weights, prompts, settings); where it is there already, nothing is sampled.
+    (weights, configuration, tokenizer, prompts, settings); what is in it already is not sampled
+    again. It grows by `CHUNK_BATCHES` batches at a time, which is what a kill costs at most.
 
     Args:
         progress: called with the number of responses that become available.
@@ -59,40 +65,48 @@ def sample_responses(
         max_new_tokens=sampling.max_new_tokens,
         positions=max_positions(model),
     )
-    identity = weights_digest(model)
+    places = [(i, s) for i in range(len(rows)) for s in range(sampling.samples_per_prompt)]
+    chunk = CHUNK_BATCHES * sampling.batch_size
+    identity = _identity(model, encoder)
     found: list[Generation] = []
     for temperature in sampling.temperatures:
         key = _key(identity, prompts, encoder.stop_ids, sampling, temperature)
         file = folder / f"{name}-t{temperature:g}-{key[:16]}.jsonl"
-        answers = _read(file, len(_places(rows, sampling)))
-        if answers is None:
-            answers = _sample(model, encoder, prompts, sampling, temperature, progress)
+        answers = _read(file, len(places))
+        if len(answers) < len(places):  # from a whole chunk on, so that batches are as ever
+            del answers[len(answers) - len(answers) % chunk :]
+        progress(len(answers))
+        while len(answers) < len(places):
+            missing = places[len(answers) : len(answers) + chunk]
+            answers += _sample(model, encoder, prompts, missing, sampling, temperature, progress)
             folder.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
             write_text(file, "".join(lines))
-        else:
-            progress(len(answers))
         found += [
             _generation(name, temperature, index, sample, rows[index], answer)
-            for (index, sample), answer in zip(_places(rows, sampling), answers, strict=True)
+            for (index, sample), answer in zip(places, answers, strict=True)
         ]
     return found
 
 
-def _places(rows: Sequence[Any], sampling: Sampling) -> list[tuple[int, int]]:
-    """(row, sample) of every response, samples of one row together."""
-    return [(i, s) for i in range(len(rows)) for s in range(sampling.samples_per_prompt)]
+def _identity(model: nn.Module, encoder: Encoder) -> list[str]:
+    """What of a model decides its responses: weights, configuration, tokenizer."""
+    config: Any = model.config
+    settings = {k: v for k, v in config.to_dict().items() if k not in NO_PART_OF_A_MODEL}
+    digest = tokenizer_digest(encoder.tokenizer)
+    return [weights_digest(model), json.dumps(settings, sort_keys=True, default=str), digest]
 
 
 def _sample(
     model: nn.Module,
     encoder: Encoder,
     prompts: Sequence[list[int]],
+    places: Sequence[tuple[int, int]],
     sampling: Sampling,
     temperature: float,
     progress: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    places = _places(prompts, sampling)
+    """Responses at those places: (row, sample)."""
     responses = generate(
         model,
         [prompts[index] for index, _ in places],
@@ -116,14 +130,14 @@ def _sample(
 
 
 def _key(
-    identity: str,
+    identity: list[str],
     prompts: Sequence[list[int]],
     stop_ids: Sequence[int],
     sampling: Sampling,
     temperature: float,
 ) -> str:
     settings = asdict(sampling) | {"temperatures": temperature, "batch_size": None}
-    text = json.dumps([identity, prompts, list(stop_ids), settings])
+    text = json.dumps([*identity, prompts, list(stop_ids), settings])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -149,15 +163,15 @@ def _generation(
     )
 
 
-def _read(file: Path, num_responses: int) -> list[dict[str, Any]] | None:
-    """Responses written before; None where there is no such file, or it is damaged."""
+def _read(file: Path, num_responses: int) -> list[dict[str, Any]]:
+    """Responses written before; none where there is no such file, or it is damaged."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
         answers = [json.loads(line) for line in lines if line]
     except (OSError, ValueError):
-        return None
-    whole = len(answers) == num_responses and all(
+        return []
+    whole = len(answers) <= num_responses and all(
         isinstance(answer, dict) and answer.keys() == {"generated", "num_tokens", "truncated"}
         for answer in answers
     )
-    return answers if whole else None
+    return answers if whole else []

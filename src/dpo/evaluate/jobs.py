@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from dpo.atomic import storage_errors
+from dpo.atomic import clean_up, lock_folder, storage_errors
 from dpo.config import EvaluateConfig, ModelConfig
 from dpo.data.rows import PreferenceRow
 from dpo.data.split import prompt_digest
 from dpo.data.synthetic import World
 from dpo.errors import InputError
+from dpo.evaluate.embeddings import EmbeddingCache
 from dpo.evaluate.generations import Sampling, sample_responses
+from dpo.evaluate.head_to_head import Duels, hold_duels
+from dpo.evaluate.judges import open_judges
+from dpo.evaluate.matchups import make_matchups
+from dpo.evaluate.paired import PairedTest, paired_tests
 from dpo.evaluate.records import Generation, ScoredGeneration
 from dpo.evaluate.sbert import SentenceScorer, load_sentence_model
+from dpo.evaluate.tables import write_results
 from dpo.evaluate.true_reward import RewardRow, true_reward_table, write_true_rewards
-from dpo.evaluate.winrate import (
-    PairedTest,
-    WinRateRow,
-    null_responses,
-    paired_tests,
-    score_generations,
-    win_rate_table,
-    write_results,
-)
+from dpo.evaluate.winrate import WinRateRow, null_responses, score_generations, win_rate_table
 from dpo.models.load import find_model, max_positions
 from dpo.progress import counting
 from dpo.train.prepare import (
@@ -40,16 +40,22 @@ from dpo.train.session import open_policy
 
 log = logging.getLogger("dpo")
 
+GENERATIONS, EMBEDDINGS = "generations", "embeddings"
+"""Folders within an evaluation's, which a later evaluation there goes on from."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What an evaluation found; `rewards` is empty where no true reward is known."""
+    """What an evaluation found; `rewards` is empty where no true reward is known, `duels` None
+    where no head-to-head comparison was asked for.
+    """
 
     folder: Path
     table: list[WinRateRow]
     tests: list[PairedTest]
     rewards: list[RewardRow]
     scored: list[ScoredGeneration]
+    duels: Duels | None = None
 
 
 def evaluate(
@@ -57,13 +63,58 @@ def evaluate(
 ) -> Evaluation:
     """Generate with every model on the held-out prompts and judge the responses.
 
+    Killed at any moment, the same call goes on with what was generated and embedded, and ends with
+    the same files.
+
     Args:
         config: models, data, temperatures, the judge.
         world: gives the true reward where the prompts are its own; for `data=synthetic` it is
-        known. trust_remote_code: run code that comes with a model.
+            known.
+        trust_remote_code: run code that comes with a model.
 
     Raises:
-        InputError: a model or the data cannot be had, or a model was trained on a held-out prompt.
+        InputError: as `open_evaluation`, or a model cannot be loaded.
+    """
+    with open_evaluation(config) as (data, rows, embed):
+        judges = open_judges(config, embed, trust_remote_code=trust_remote_code)
+        num_per_model = len(rows) * config.samples_per_prompt * len(config.temperatures)
+        records: list[Generation] = []
+        with counting("Generating", num_per_model * len(config.models)) as advance:
+            for name, path in config.models.items():
+                records += generate_with(
+                    name, path, data, rows, config, advance, trust_remote_code=trust_remote_code
+                )
+        found = judge(
+            records,
+            rows,
+            embed,
+            Path(config.out),
+            world=World(config.data.synthetic.num_facts) if data.shape == "synthetic" else world,
+            meta=origin(config, data),
+        )
+        if not config.compared:
+            return found
+        matchups = make_matchups(rows, found.scored, config.compared)
+        return replace(found, duels=hold_duels(judges, matchups, found.folder))
+
+
+class Opened(NamedTuple):
+    """What an evaluation starts from."""
+
+    data: SplitData[PreferenceRow]
+    rows: list[PreferenceRow]
+    """The held-out rows, one for each prompt."""
+    embed: SentenceScorer
+
+
+@contextmanager
+def open_evaluation(config: EvaluateConfig) -> Iterator[Opened]:
+    """Check the models and read data and judge; the folder is this process's own meanwhile.
+
+    Raises:
+        InputError: a model or the data cannot be had, a model was trained on a held-out prompt, or
+            another process is working in the folder.
+        StorageError: the folder cannot be written.
     """
     for name, path in config.models.items():  # before anything is loaded
         find_model(path, key=f"models.{name}")
@@ -71,25 +122,21 @@ def evaluate(
     rows = held_out_rows(data, config.max_prompts, config.seed)
     for name, path in config.models.items():
         check_held_out(name, path, rows, allow=config.allow_overlap)
-    with storage_errors(Path(config.out)):
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-    embed = load_sentence_model(config.sentence_model.path)
-    log.info("%d held-out prompts; judged by %s.", len(rows), embed.name)
-    num_per_model = len(rows) * config.samples_per_prompt * len(config.temperatures)
-    records: list[Generation] = []
-    with counting("Generating", num_per_model * len(config.models)) as advance:
-        for name, path in config.models.items():
-            records += generate_with(
-                name, path, data, rows, config, advance, trust_remote_code=trust_remote_code
-            )
-    return judge(
-        records,
-        rows,
-        embed,
-        Path(config.out),
-        world=World(config.data.synthetic.num_facts) if data.shape == "synthetic" else world,
-        meta={**config.model_dump(mode="json", exclude={"out"}), "data_sha256": data.sha256},
-    )
+    folder = Path(config.out)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+    with lock:
+        if (folder / GENERATIONS).is_dir():  # an evaluation was here: what is torn is its own
+            clean_up(folder)
+        embed = load_sentence_model(config.sentence_model.path)
+        log.info("%d held-out prompts; judged by %s.", len(rows), embed.name)
+        yield Opened(data, rows, embed)
+
+
+def origin(config: EvaluateConfig, data: SplitData[PreferenceRow]) -> dict[str, object]:
+    """How an evaluation's numbers came to be, for its files: settings and the data's digest."""
+    return {**config.model_dump(mode="json", exclude={"out"}), "data_sha256": data.sha256}
 
 
 def held_out_rows(
@@ -160,7 +207,7 @@ def generate_with(
         precision=config.precision,
         seed=config.seed,
     )
-    folder = Path(config.out) / "generations"
+    folder = Path(config.out) / GENERATIONS
     return sample_responses(name, policy.model, encoder, rows, sampling, folder, progress=progress)
 
 
@@ -174,9 +221,9 @@ def judge(
     meta: dict[str, object],
 ) -> Evaluation:
     """Score the responses and the null responses, and write the tables."""
-    scored = score_generations([*records, *null_responses(rows)], embed)
+    cached = EmbeddingCache(embed, folder / EMBEDDINGS)
+    scored = score_generations([*records, *null_responses(rows)], cached)
     table, tests = win_rate_table(scored), paired_tests(scored)
-    folder.mkdir(parents=True, exist_ok=True)
     meta = {**meta, "sentence_model": embed.name}
     write_results(folder, scored=scored, table=table, tests=tests, meta=meta)
     rewards = [] if world is None else true_reward_table(records, world)

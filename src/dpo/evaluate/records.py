@@ -1,9 +1,13 @@
-"""What evaluation passes around: a generated response, and the same with its verdict."""
+"""What evaluation passes around: a generated response, the same with its verdict, and the
+responses of one responder by prompt.
+"""
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["model", "null"]
 Verdict = Literal["win", "loss", "tie"]
@@ -38,3 +42,32 @@ class ScoredGeneration(Generation):
     cos_rejected: float
     margin: float
     verdict: Verdict
+
+
+class Responder(NamedTuple):
+    """Who responded: one line of the table."""
+
+    kind: Kind
+    model: str
+    temperature: float | None
+
+
+SamplesByPrompt = dict[int, list[ScoredGeneration]]
+"""One responder's scored samples by the index of their prompt."""
+
+
+def by_responder(scored: Iterable[ScoredGeneration]) -> dict[Responder, SamplesByPrompt]:
+    """Every responder's samples by prompt, in order of appearance."""
+    responders: dict[Responder, SamplesByPrompt] = {}
+    for record in scored:
+        responder = Responder(record.kind, record.model, record.temperature)
+        prompts = responders.setdefault(responder, defaultdict(list))
+        prompts[record.prompt_index].append(record)
+    return responders
+
+
+def win_share(samples: Iterable[ScoredGeneration]) -> float | None:
+    """Wins among the decided responses; None where there is none."""
+    verdicts = Counter(record.verdict for record in samples)
+    decided = verdicts["win"] + verdicts["loss"]
+    return verdicts["win"] / decided if decided else None

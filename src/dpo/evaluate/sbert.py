@@ -6,10 +6,13 @@ without its null responses. Source: Reimers and Gurevych 2019, Sentence-BERT.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo.errors import InputError
+from dpo.models.load import tokenizer_digest, weights_digest
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -55,6 +59,14 @@ class SentenceScorer:
             normalize_embeddings=True,
         )
         return vectors
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what makes vectors of texts: weights, tokenizer, modules, length, prompt."""
+        model = self._model
+        settings = [repr(model), model.max_seq_length, model.default_prompt_name, model.prompts]
+        parts = [weights_digest(model), tokenizer_digest(model.tokenizer), *settings]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many distinct texts are longer than the model reads (256 tokens for MiniLM)."""
@@ -108,7 +120,8 @@ def response_cosines(
             "each generated text needs its chosen and rejected one; "
             f"got {len(generated)}, {len(chosen)} and {len(rejected)}."
         )
-    row = {text: i for i, text in enumerate(dict.fromkeys([*generated, *chosen, *rejected]))}
+    # Generated ones last: with one more model, the texts before stay where they were.
+    row = {text: i for i, text in enumerate(dict.fromkeys([*chosen, *rejected, *generated]))}
     if not row:
         return np.zeros(0), np.zeros(0)
     vectors = _unit_rows(embed(list(row)))

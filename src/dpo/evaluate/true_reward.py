@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.atomic import write_text
 from dpo.core.stats import clustered_mean_interval
 from dpo.data.synthetic import World
 from dpo.evaluate.records import Generation
+from dpo.evaluate.tables import csv_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +69,4 @@ def _row(model: str, temperature: float, members: Sequence[Generation], world: W
 
 def write_true_rewards(path: Path, table: Sequence[RewardRow]) -> None:
     """Write the table as CSV."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(
-        stream, [field.name for field in fields(RewardRow)], lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in table)
-    write_text(path, stream.getvalue())
+    write_text(path, csv_text(RewardRow, table))
