@@ -3,7 +3,8 @@
 Usage: python report/build.py [--png DIRECTORY]
 
 The chapters are the files in report/chapters, in the order of their names: to add a chapter, add a
-file. The build stops when the theory results are missing, failed, or older than the code.
+file. The build stops when the theory results are missing, failed, or older than the code, and
+when a study that the report prints is missing or was recorded with settings other than its file's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import typst
+import yaml
 
 from dpo.errors import DPOError, InputError
 from dpo.theory import checks, source_hash
@@ -42,14 +44,37 @@ def require_results() -> None:
         raise InputError(f"these statements failed their checks: {', '.join(failed)}")
 
 
+STUDIES = {"exact": ("out", "seeds", "processes")}
+"""Studies that the report prints, with the settings that decide no number of a seed."""
+
+
+def require_studies() -> None:
+    """Refuse to print a study that was recorded with other settings than its file has."""
+    for name, free in STUDIES.items():
+        remedy = f"run: python studies/record.py {name}"
+        folder = HERE.parent / "studies" / "results" / name
+        for file in ("study.json", "tables.json"):
+            if not (folder / file).exists():
+                raise InputError(f"studies/results/{name}/{file} is missing; {remedy}")
+        recorded = json.loads((folder / "study.json").read_text(encoding="utf-8"))["config"]
+        text = (HERE.parent / "studies" / f"{name}.yaml").read_text(encoding="utf-8")
+        for key, value in yaml.safe_load(text).items():
+            if key not in free and recorded.get(key) != value:
+                raise InputError(
+                    f"studies/results/{name}: recorded with {key}={recorded.get(key)}, but "
+                    f"studies/{name}.yaml has {value}; {remedy}"
+                )
+
+
 def build(png: Path | None = None) -> Path:
     """Compile the report; with `png`, also write every page as a picture there."""
     require_results()
+    require_studies()
     chapters = sorted(file.name for file in (HERE / "chapters").glob("*.typ"))
     inputs = {"chapters": ",".join(chapters)}
     fonts = typst.Fonts(include_system_fonts=False)
     compiler = typst.Compiler(
-        str(HERE / "main.typ"), root=str(HERE), font_paths=fonts, sys_inputs=inputs
+        str(HERE / "main.typ"), root=str(HERE.parent), font_paths=fonts, sys_inputs=inputs
     )
     output = HERE / "report.pdf"
     try:

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +46,26 @@ def test_partial_and_damaged_results_are_refused(build: ModuleType) -> None:
     build.RESULTS.write_text("{")
     with pytest.raises(InputError, match="is damaged"):
         build.build()
+
+
+def test_a_study_recorded_with_other_settings_or_missing_is_refused(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build.require_studies()
+    for folder in ("studies/results/exact", "report"):
+        (tmp_path / folder).mkdir(parents=True)
+    studies = REPORT.parent / "studies"
+    shutil.copy(studies / "exact.yaml", tmp_path / "studies" / "exact.yaml")
+    monkeypatch.setattr(build, "HERE", tmp_path / "report")
+    with pytest.raises(InputError, match=r"exact/study\.json is missing; run: python studies/rec"):
+        build.require_studies()
+    for file in ("study.json", "tables.json"):
+        shutil.copy(studies / "results/exact" / file, tmp_path / "studies/results/exact" / file)
+    build.require_studies()
+    recorded = tmp_path / "studies/results/exact/study.json"
+    recorded.write_text(recorded.read_text().replace('"pairs": 20000', '"pairs": 20001'))
+    with pytest.raises(InputError, match="recorded with pairs=20001"):
+        build.require_studies()
 
 
 def test_every_check_stands_beside_a_statement_and_every_note_has_a_check() -> None:
