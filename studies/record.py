@@ -40,9 +40,13 @@ class Recorded:
 TINY_SFT = ("sft_steps=60",)
 QUICK_RUN = (
     "seeds=[0]",
-    "sft.epochs=1",
-    "dpo.epochs=1",
+    "sft.epochs=0.3",
+    "dpo.epochs=0.3",
     "grid.loss.beta=[0.3]",
+    "reward_model.epochs=0.3",
+    "rivals.unlikelihood.epochs=0.3",
+    "rivals.ppo_rm.rounds=1",
+    "rivals.best_of_n.n=4",
     "evaluation.max_prompts=20",
     "evaluation.temperatures=[1.0]",
 )
@@ -58,6 +62,12 @@ STUDIES = {
         ("run", "studies/instruction-small.yaml"),
         QUICK_RUN,
         data="instruction-preferences.json",
+        shows_rows=True,
+    ),
+    "hh-small": Recorded(
+        ("run", "studies/hh-small.yaml"),
+        QUICK_RUN,
+        data="hh-harmless-sample.jsonl",
         shows_rows=True,
     ),
     "sentiment-small": Recorded(
@@ -85,7 +95,11 @@ def record(name: str, study: Recorded, out: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     (target / "figures").mkdir(parents=True)
     pages = [] if study.shows_rows else ["README.md"]
-    tables = [*folder.glob("*.csv"), *folder.glob("evaluation/win_rates.csv")]
+    tables = [
+        *folder.glob("*.csv"),
+        folder / "tables.json",
+        *folder.glob("evaluation/win_rates.csv"),
+    ]
     for file in [*tables, *(folder / page for page in pages)]:
         shutil.copy(file, target / file.name)
     for pattern in ("*.svg", "*.csv"):

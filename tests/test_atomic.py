@@ -49,6 +49,14 @@ def test_a_failed_write_leaves_the_older_file_and_nothing_else(tmp_path, monkeyp
     assert names(tmp_path) == ["a"]
 
 
+def test_a_lone_surrogate_becomes_its_escape_where_that_is_asked_for(tmp_path):
+    write_text(
+        tmp_path / "a", json.dumps("\u00e9 \ud800", ensure_ascii=False), errors="backslashreplace"
+    )
+    assert (tmp_path / "a").read_bytes() == '"\u00e9 \\ud800"'.encode()
+    assert json.loads((tmp_path / "a").read_text("utf-8")) == "\u00e9 \ud800"
+
+
 def test_text_that_cannot_be_encoded_leaves_the_older_file(tmp_path):
     write_text(tmp_path / "a", "old")
     with pytest.raises(UnicodeEncodeError):

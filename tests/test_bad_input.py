@@ -560,7 +560,7 @@ EVALUATIONS = [
         "nothing to try", "grid.loss.beta=[]", "grid.loss.beta: list should have at least 1 item"
     ),
     study("a seed twice", "seeds=[0, 0]", "seeds: expected different ones, got [0, 0]"),
-    study("what a study sets", "sft.model=x", "sft.model: a study sets this itself"),
+    study("what a study sets", "sft.model=x", "sft.model: the study sets this itself"),
     study("a step of a study", "sft.epoch=3", "sft: epoch: unknown key; did you mean epochs?"),
     study("a study's room", "evaluation.max_new_tokens=256", "model.fresh.positions is 256"),
     command("a reward", "reward: is required, e.g. reward=...", words=["online", *HERE]),
@@ -577,7 +577,7 @@ DISKS = [
     Mistake(
         "a full disk later",
         evaluation_on_a_full_disk,
-        ("out/win_rates.json: cannot be written: No space left",),
+        ("out/win_rates.json cannot be written: the disk is full.",),
         5,
     ),
 ]

@@ -74,6 +74,8 @@ def test_every_recipe_is_a_valid_configuration_and_says_its_command(file):
 STUDIES = {
     "exact": (ExactStudyConfig, None),
     "frontier": (FrontierConfig, frontier_config.plan),
+    "hh": (StudyConfig, plan),
+    "hh-small": (StudyConfig, plan),
     "instruction": (StudyConfig, plan),
     "instruction-small": (StudyConfig, plan),
     "losses": (LossStudyConfig, losses.plan),

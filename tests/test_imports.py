@@ -21,7 +21,7 @@ ALLOWED = {
     "config": {"errors", "loss_config", "sections"},
     "online_config": {"config", "loss_config", "sections"},
     "core": {"errors"},
-    "theory": {"core", "errors"},
+    "theory": {"core", "errors", "atomic"},
     "data": {"core", "errors", "atomic"},
     "models": {"data", "core", "errors"},
     "train": BASE | {"models", "data", "core"},

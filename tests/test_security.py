@@ -257,7 +257,7 @@ def test_a_models_text_is_only_text_on_the_page_of_a_study(tmp_path):
     )
     scored = score_generations([answer], lambda texts: np.eye(len(texts), 3, dtype=np.float32))
     found = Evaluation(tmp_path, win_rate_table(scored), [], [], scored)
-    text = page(Study(tmp_path, [], found), [], side_by_side(scored))
+    text = page(Study(tmp_path, [], found), side_by_side(scored))
     assert not set(text) & {"\x1b", "\x07", "\r"}
     lines = text.split("\n")
     assert sum("<script>" in line for line in lines) == 3

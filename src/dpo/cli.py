@@ -120,7 +120,9 @@ def sft(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -
     from dpo.train.jobs import train_sft
 
     _quiet_transformers()
-    finish_run(train_sft(config, trust_remote_code=trust_remote_code))
+    folder = train_sft(config, trust_remote_code=trust_remote_code)
+    finish_run(folder)
+    _leave_page(folder)
 
 
 @app.command(
@@ -132,11 +134,13 @@ def train(settings: Settings = None, trust_remote_code: TrustRemoteCode = False)
     from dpo.config import PreferenceConfig
 
     config = _read(PreferenceConfig, settings)
-    from dpo.report.runs import finish_run
+    from dpo.report.diagnostics_figures import finish_preference_run
     from dpo.train.jobs import train_preference
 
     _quiet_transformers()
-    finish_run(train_preference(config, trust_remote_code=trust_remote_code))
+    folder = train_preference(config, trust_remote_code=trust_remote_code)
+    finish_preference_run(folder)
+    _leave_page(folder)
 
 
 @app.command(
@@ -152,7 +156,9 @@ def reward(settings: Settings = None, trust_remote_code: TrustRemoteCode = False
     from dpo.train.reward import train_reward
 
     _quiet_transformers()
-    finish_reward_run(train_reward(config, trust_remote_code=trust_remote_code))
+    folder = train_reward(config, trust_remote_code=trust_remote_code)
+    finish_reward_run(folder)
+    _leave_page(folder)
 
 
 @app.command(
@@ -169,7 +175,9 @@ def online(settings: Settings = None, trust_remote_code: TrustRemoteCode = False
     from dpo.train.online import train_online
 
     _quiet_transformers()
-    finish_run(train_online(config, trust_remote_code=trust_remote_code))
+    folder = train_online(config, trust_remote_code=trust_remote_code)
+    finish_run(folder)
+    _leave_page(folder)
 
 
 @app.command(
@@ -186,7 +194,9 @@ def ppo(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -
     from dpo.train.ppo import train_ppo
 
     _quiet_transformers()
-    finish_run(train_ppo(config, trust_remote_code=trust_remote_code))
+    folder = train_ppo(config, trust_remote_code=trust_remote_code)
+    finish_run(folder)
+    _leave_page(folder)
 
 
 @app.command(
@@ -200,10 +210,70 @@ def evaluate(settings: Settings = None, trust_remote_code: TrustRemoteCode = Fal
 
     config = _read(EvaluateConfig, settings)
     from dpo.evaluate.jobs import evaluate as run_evaluation
+    from dpo.report.diagnostics_figures import leave_diagnosis, print_readings
     from dpo.report.runs import finish_evaluation
 
     _quiet_transformers()
-    finish_evaluation(run_evaluation(config, trust_remote_code=trust_remote_code))
+    evaluation = run_evaluation(config, trust_remote_code=trust_remote_code)
+    finish_evaluation(evaluation)
+    print_readings(leave_diagnosis(evaluation.folder), evaluation.folder)
+    _leave_page(evaluation.folder)
+
+
+@app.command()
+def arena(
+    context: typer.Context,
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...", help="Evaluations or runs; with --summary, files of judgements."
+        ),
+    ],
+    a: Annotated[str | None, typer.Option(help="Whose answers; models, chosen, rejected.")] = None,
+    b: Annotated[str | None, typer.Option(help="Against whose; chosen for a single model.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Judgements. Default: judgements.jsonl in the first FOLDER.")
+    ] = None,
+    annotator: Annotated[str, typer.Option(help="Who judges.")] = "anonymous",
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Answers at this one only.")
+    ] = None,
+    max_prompts: Annotated[int | None, typer.Option(min=1, help="A seeded choice.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Order, and which answer is on the left.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Only sum up files of judgements.")
+    ] = False,
+) -> None:
+    """Judge answers side by side on a local page, without knowing whose they are.
+
+    Example: [cyan]dpo arena runs/evaluation --a sft --b dpo[/cyan]
+    """
+    from dpo.evaluate.arena.jobs import hold_arena, summarise_files
+
+    if summary:
+        for name in _given(context):
+            if name not in ("folders", "summary"):
+                raise InputError(f"--{name.replace('_', '-')}: has no effect with --summary.")
+        summarise_files(folders)
+        return
+    hold_arena(
+        folders,
+        a=a,
+        b=b,
+        out=out,
+        annotator=annotator,
+        temperature=temperature,
+        max_prompts=max_prompts,
+        seed=seed,
+        port=port,
+    )
+
+
+def _given(context: typer.Context) -> list[str]:
+    """The parameters that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 @app.command()
@@ -222,6 +292,26 @@ def demo(
 
     _quiet_transformers()
     run_demo(out, seed=seed, short=short)
+    _leave_page(out)
+
+
+@app.command()
+def diagnose(
+    folder: Annotated[
+        Path, typer.Argument(help="A run's folder, or an evaluation's.", metavar="FOLDER")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the files go, if not into that folder.")
+    ] = None,
+) -> None:
+    """What a run shows beside its loss: displacement, length, diversity, subsets, calibration.
+
+    From the files in its folder alone: writes diagnostics.json and figures, and prints warnings.
+    For an evaluation: what its generations are like, and length-controlled win rates.
+    """
+    from dpo.report.diagnostics_figures import leave_diagnosis, print_readings
+
+    print_readings(leave_diagnosis(folder, out), out or folder)
 
 
 @experiment_app.command(
@@ -236,6 +326,7 @@ def experiment_run(settings: Settings = None, trust_remote_code: TrustRemoteCode
     config = _read(StudyConfig, settings)
     _quiet_transformers()
     run_study(config, trust_remote_code=trust_remote_code)
+    _leave_page(Path(config.out), config)
 
 
 @experiment_app.command(
@@ -250,6 +341,7 @@ def experiment_losses(settings: Settings = None) -> None:
     config = _read(LossStudyConfig, settings)
     _quiet_transformers()
     run_losses(config)
+    _leave_page(Path(config.out), config)
 
 
 @experiment_app.command(
@@ -270,7 +362,9 @@ def experiment_exact(
     from dpo.experiment.exact import run_exact
 
     _quiet_transformers()
-    run_exact(quick_form(config) if quick else config)
+    config = quick_form(config) if quick else config
+    run_exact(config)
+    _leave_page(Path(config.out), config)
 
 
 @experiment_app.command(
@@ -287,6 +381,7 @@ def experiment_frontier(settings: Settings = None) -> None:
 
     _quiet_transformers()
     run_frontier(config)
+    _leave_page(Path(config.out), config)
 
 
 @experiment_app.command(
@@ -303,6 +398,7 @@ def experiment_sentiment(settings: Settings = None) -> None:
 
     _quiet_transformers()
     run_sentiment(config)
+    _leave_page(Path(config.out), config)
 
 
 @data_app.command("check")
@@ -447,6 +543,43 @@ def theory(
         write_results(results, json)
     if not all(result.passed for result in results):
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Runs, evaluations, studies.")
+    ],
+) -> None:
+    """Write index.html again from a folder's files: one page that opens from disk.
+
+    Example: [cyan]dpo report runs/dpo runs/evaluation[/cyan]
+    """
+    from dpo.report.page.write import write_page
+
+    for folder in folders:
+        typer.echo(write_page(folder))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run directories.")],
+    out: Annotated[Path, typer.Option(help="Where the page and its figure go.")],
+) -> None:
+    """Runs side by side in one page: settings that differ, metrics, paired tests, samples.
+
+    Example: [cyan]dpo compare runs/dpo runs/ipo --out runs/comparison[/cyan]
+    """
+    from dpo.report.page.compare import write_comparison
+
+    typer.echo(write_comparison(runs, out))
+
+
+def _leave_page(folder: Path, study: Any = None) -> None:
+    """Write the page of what has just come to its end; of a study, its configuration too."""
+    from dpo.report.page.write import leave_page
+
+    leave_page(folder, study)
 
 
 def main() -> None:

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from dpo.core.logps import at_least_float32, sum_per_sequence, token_kl, token_logps
+from dpo.core.logps import (
+    at_least_float32,
+    sum_per_sequence,
+    token_entropy,
+    token_kl,
+    token_logps,
+)
 
 
 def log_softmax(logits: list[float]) -> list[float]:
@@ -120,6 +126,15 @@ def test_token_kl_equals_the_sum_written_out() -> None:
         log_p, log_q = log_softmax(p.tolist()), log_softmax(q.tolist())
         expected = sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True))
         assert value.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_token_entropy_is_that_of_the_distribution_and_shifts_do_not_matter() -> None:
+    logits = random_logits(10, 7)
+    p = logits.softmax(-1)
+    torch.testing.assert_close(token_entropy(logits), -(p * p.log()).sum(-1))
+    torch.testing.assert_close(token_entropy(logits + 9), token_entropy(logits))
+    assert token_entropy(torch.zeros(1, 50)).item() == pytest.approx(math.log(50))
+    assert token_entropy(torch.tensor([[0.0, 200.0]])).item() == pytest.approx(0)
 
 
 def test_token_kl_of_equal_distributions_is_zero() -> None:

@@ -9,8 +9,10 @@ from scipy import stats as scipy_stats
 
 from dpo.core.stats import (
     Interval,
+    clustered_bootstrap_interval,
     clustered_mean_interval,
     clustered_wilson_interval,
+    detectable_difference,
     holm,
     mcnemar_exact,
     mean_interval,
@@ -78,6 +80,57 @@ def test_clustered_wilson_of_unanimous_clusters_has_the_width_of_the_cluster_cou
     interval = clustered_wilson_interval([1] * 12, [i // 4 for i in range(12)])
     t2 = scipy_stats.t.ppf(0.975, 2) ** 2
     assert interval == pytest.approx((3 / (3 + t2), 1.0))
+
+
+def test_the_clustered_bootstrap_covers_where_drawing_samples_does_not():
+    rng = np.random.default_rng(11)
+    clusters = np.repeat(np.arange(40), 8).tolist()
+    draws = [clustered_successes(rng, 40, 8) for _ in range(300)]
+    by_prompt = [clustered_bootstrap_interval(d, clusters, num_resamples=500) for d in draws]
+    by_sample = [clustered_bootstrap_interval(d, range(320), num_resamples=500) for d in draws]
+    assert 0.9 <= coverage(by_prompt, 0.5) <= 0.98
+    assert coverage(by_sample, 0.5) < 0.75
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9])
+def test_the_bootstrap_of_single_verdicts_covers(p):
+    draws = np.random.default_rng(12).binomial(1, p, size=(400, 100))
+    intervals = [clustered_bootstrap_interval(d, range(100), num_resamples=500) for d in draws]
+    assert 0.91 <= coverage(intervals, p) <= 0.98
+
+
+def test_the_bootstrap_comes_near_what_theory_gives_for_large_samples():
+    wins = np.repeat([1, 0], [1200, 800])
+    found = clustered_bootstrap_interval(wins, range(2000))
+    assert found == pytest.approx(wilson_interval(1200, 2000), abs=0.002)
+    values = np.random.default_rng(13).exponential(size=600)
+    clusters = np.repeat(range(200), 3).tolist()
+    expected = clustered_mean_interval(values, clusters)
+    assert clustered_bootstrap_interval(values, clusters) == pytest.approx(expected, abs=0.02)
+
+
+def test_the_bootstrap_is_skewed_as_the_sample_is():
+    """Of few losses, the lower end is further from the win rate than the upper one."""
+    low, high = clustered_bootstrap_interval([1] * 95 + [0] * 5, range(100))
+    assert 0.95 - low > 1.2 * (high - 0.95)
+
+
+def test_the_bootstrap_is_decided_by_its_seed_and_blind_to_the_order_and_copies_of_values():
+    values = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    first, again, other = (
+        clustered_bootstrap_interval(values, range(6), seed=seed, num_resamples=99)
+        for seed in (0, 0, 5)
+    )
+    assert first == again != other
+    copies = clustered_bootstrap_interval(
+        np.repeat(values, 3), np.repeat(range(6), 3).tolist(), num_resamples=99
+    )
+    assert copies == first
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, 1.0, 1.0]])
+def test_the_bootstrap_of_what_never_varies_is_none(values):
+    assert clustered_bootstrap_interval(values, range(len(values))) is None
 
 
 def test_copies_of_a_sample_add_nothing_to_a_clustered_interval():
@@ -212,9 +265,40 @@ def test_required_pairs_reach_the_power_asked_for():
     assert 0.76 <= np.mean(np.abs(z) > 1.96) <= 0.84
 
 
+@pytest.mark.parametrize("discordant", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("delta", [0.02, 0.05])
+@pytest.mark.parametrize("options", [{}, {"power": 0.9, "alpha": 0.01}])
+def test_the_detectable_difference_inverts_the_required_number(discordant, delta, options):
+    n = required_n_for_difference(0.5, delta, discordant=discordant, **options)
+    assert detectable_difference(n, discordant=discordant, **options) <= delta * (1 + 1e-9)
+    assert detectable_difference(n - 1, discordant=discordant, **options) > delta * (1 - 1e-9)
+
+
+def test_a_difference_is_never_above_what_is_discordant():
+    """Where all discordant prompts go one way, they are as many as the difference needs."""
+    difference = detectable_difference(500, discordant=0.001)
+    assert difference > 0.001
+    assert required_n_for_difference(0.5, difference, discordant=difference) in (500, 501)
+    assert detectable_difference(500, discordant=0.0) == difference
+
+
+def test_so_few_prompts_show_no_difference_at_all():
+    assert detectable_difference(0, discordant=0.3) is None
+    assert detectable_difference(3, discordant=1.0) is None
+    assert detectable_difference(4, discordant=1.0) == pytest.approx(1.0, abs=0.01)
+    by_n = [detectable_difference(n, discordant=0.3) for n in range(4, 300)]
+    assert by_n == sorted(by_n, reverse=True)
+
+
 @pytest.mark.parametrize(
     "call",
     [
+        lambda: clustered_bootstrap_interval([1.0, 0.0], ["a"]),
+        lambda: clustered_bootstrap_interval([1.0, 0.0], ["a", "b"], num_resamples=0),
+        lambda: clustered_bootstrap_interval([1.0, 0.0], ["a", "b"], confidence=0.0),
+        lambda: detectable_difference(-1, discordant=0.3),
+        lambda: detectable_difference(10, discordant=1.3),
+        lambda: detectable_difference(10, discordant=0.3, power=1.0),
         lambda: wilson_interval(3, 2),
         lambda: wilson_interval(-1, 2),
         lambda: wilson_interval(1, 2, confidence=1.0),

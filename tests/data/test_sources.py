@@ -457,7 +457,7 @@ def test_a_row_with_the_columns_of_two_shapes_is_a_problem_where_others_have_one
 def test_unknown_columns_are_named_with_what_was_expected(complaints):
     (line,) = complaints([{"question": "Why?", "evil\x1b[31m": 1}])
     assert "(found: question, evil\\x1b[31m)" in line
-    assert "prompt, chosen, rejected, chosen_score, rejected_score; " in line
+    assert "prompt, chosen, rejected, chosen_score, rejected_score, subset; " in line
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`dpo evaluate` from configuration to tables: honest prompts, reused generations, whole files."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dpo.atomic import lock_folder
 from dpo.config import EvaluateConfig, validate
 from dpo.data.prompts import resolve_template
 from dpo.data.rows import PreferenceRow
@@ -18,7 +20,15 @@ from dpo.evaluate.jobs import check_held_out, evaluate, held_out_rows
 from dpo.models.fresh import fresh_gpt2
 from dpo.train.prepare import SplitData
 from dpo.train.run import save_train_prompts
-from train.small_runs import dpo, dpo_config, evaluate_config, sft_config, sft_run, words_of
+from train.small_runs import (
+    dpo,
+    dpo_config,
+    dpo_run,
+    evaluate_config,
+    sft_config,
+    sft_run,
+    words_of,
+)
 
 ROWS = [PreferenceRow(f"What is {i}?", f"It is {i}.", "No.") for i in range(4)]
 SAMPLING = Sampling(
@@ -34,7 +44,7 @@ SAMPLING = Sampling(
 class Judge:
     """Embeds a text by its letters; no network, no weights."""
 
-    name = "letters"
+    name = digest = "letters"
 
     def __call__(self, texts):
         return np.array([[text.count(c) for c in "aeiouthns "] for text in texts], np.float32)
@@ -119,6 +129,68 @@ def test_other_weights_prompts_or_template_are_never_answered_from_older_respons
     sample(model, encoder, tmp_path, rows=ROWS[:3])
     sample(model, replace(encoder, template=resolve_template("question")), tmp_path)
     assert len(calls) == 8
+
+
+def changed_config(model, encoder):
+    model.config.layer_norm_epsilon = 0.5
+    return model, encoder
+
+
+def changed_tokenizer(model, encoder):
+    other = copy.deepcopy(encoder.tokenizer)
+    other.add_tokens(["a token that no prompt has"])
+    return model, replace(encoder, tokenizer=other)
+
+
+@pytest.mark.parametrize("change", [changed_config, changed_tokenizer])
+def test_other_settings_of_a_model_or_tokens_are_never_answered_from_older_responses(
+    model, encoder, tmp_path, calls, change
+):
+    sample(model, encoder, tmp_path)
+    sample(*change(model, encoder), tmp_path)
+    assert len(calls) == 4
+
+
+def test_where_a_model_lies_is_no_part_of_it(model, encoder, tmp_path, calls):
+    sample(model, encoder, tmp_path)
+    model.config._name_or_path = "elsewhere"
+    sample(model, encoder, tmp_path)
+    assert len(calls) == 2
+
+
+def test_a_stop_within_a_temperature_costs_the_chunk_at_hand_only(
+    model, encoder, tmp_path, calls, monkeypatch
+):
+    """Of 16 responses in chunks of 4 batches of one, two chunks are there when the third fails."""
+    many = {"temperatures": (1.0,), "samples_per_prompt": 4, "batch_size": 1}
+    whole = sample(model, encoder, tmp_path / "whole", **many)
+    counting = generations.generate
+
+    def interrupted(model, prompts, **options):
+        if len(calls) == 4 + 2:
+            raise KeyboardInterrupt
+        return counting(model, prompts, **options)
+
+    monkeypatch.setattr(generations, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, encoder, tmp_path / "stopped", **many)
+    monkeypatch.setattr(generations, "generate", counting)
+    (file,) = (tmp_path / "stopped").iterdir()
+    assert len(file.read_text().splitlines()) == 8
+    assert sample(model, encoder, tmp_path / "stopped", **many) == whole
+    assert calls == [4] * 8
+    assert file.read_text() == next((tmp_path / "whole").iterdir()).read_text()
+
+
+def test_progress_counts_what_was_there_and_what_is_new(model, encoder, tmp_path):
+    def counted(**changes):
+        steps = []
+        settings = replace(SAMPLING, **changes)
+        sample_responses("m", model, encoder, ROWS, settings, tmp_path, progress=steps.append)
+        return sum(steps)
+
+    assert counted(temperatures=(1.0,)) == 8
+    assert counted(temperatures=(1.0, 0.5)) == 16
 
 
 @pytest.mark.parametrize("damage", ["fewer lines", "torn line", "other keys", "not utf-8", "empty"])
@@ -319,6 +391,61 @@ def test_every_model_has_its_row_and_the_nulls_theirs(tmp_path, judged):
     meta = json.loads((tmp_path / "out" / "win_rates.json").read_text())["meta"]
     assert meta["sentence_model"] == "letters"
     assert "out" not in meta
+
+
+def files_of(folder):
+    """The results of an evaluation, by name."""
+    names = ("scored.jsonl", "win_rates.csv", "win_rates.json", "paired_tests.csv")
+    return {name: (folder / name).read_bytes() for name in (*names, "true_rewards.csv")}
+
+
+def test_a_second_evaluation_generates_and_embeds_nothing_and_writes_the_same(
+    tmp_path, judged, calls, monkeypatch
+):
+    evaluate(config(tmp_path / "out"))
+    before, num_calls = files_of(tmp_path / "out"), len(calls)
+    monkeypatch.setattr(Judge, "__call__", None)  # calling it would fail
+    evaluate(config(tmp_path / "out"))
+    assert files_of(tmp_path / "out") == before
+    assert len(calls) == num_calls
+
+
+@pytest.mark.parametrize("change", ["weights", "config"])
+def test_another_model_at_the_same_path_is_noticed_and_asked_again(tmp_path, judged, calls, change):
+    model = tmp_path / "model"
+    shutil.copytree(sft_run() / "model", model)
+    evaluate(config(tmp_path / "out", models={"m": str(model)}))
+    first = files_of(tmp_path / "out")
+    if change == "weights":
+        shutil.copy(dpo_run() / "model" / "model.safetensors", model)
+    else:
+        settings = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(settings | {"layer_norm_epsilon": 0.5}))
+    evaluate(config(tmp_path / "out", models={"m": str(model)}))
+    assert len(calls) == 2
+    assert files_of(tmp_path / "out") != first
+    evaluate(config(tmp_path / "fresh", models={"m": str(model)}))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_a_second_process_in_the_folder_is_refused(tmp_path, judged):
+    (tmp_path / "out").mkdir()
+    with lock_folder(tmp_path / "out"), pytest.raises(InputError, match="another process is work"):
+        evaluate(config(tmp_path / "out"))
+    evaluate(config(tmp_path / "out"))
+
+
+def test_torn_files_of_a_killed_evaluation_go_and_those_of_others_stay(tmp_path, judged):
+    foreign = tmp_path / "out" / ".mine.tmp"
+    foreign.parent.mkdir()
+    foreign.touch()
+    evaluate(config(tmp_path / "out"))
+    assert foreign.exists()
+    torn = [tmp_path / "out" / ".scored.jsonl.1.tmp", tmp_path / "out/generations/.m.jsonl.1.tmp"]
+    for file in torn:
+        file.touch()
+    evaluate(config(tmp_path / "out"))
+    assert not any(file.exists() for file in torn)
 
 
 def test_the_template_of_training_is_used_and_another_refused(tmp_path, judged):

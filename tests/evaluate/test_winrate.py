@@ -1,66 +1,24 @@
-"""From generations to the win-rate table: verdicts, nulls, intervals, paired tests, files."""
+"""From generations to the win-rate table: verdicts, ties, nulls, intervals."""
 
-import csv
 import importlib.util
-import io
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
+from verdicts import embed, generation, scored
 
 from dpo.core.stats import (
+    clustered_bootstrap_interval,
     clustered_wilson_interval,
-    mcnemar_exact,
-    paired_permutation,
-    paired_proportion_interval,
     wilson_interval,
 )
 from dpo.data.rows import Message, PreferenceRow
-from dpo.errors import InputError, StorageError
-from dpo.evaluate.records import Generation
+from dpo.errors import InputError
 from dpo.evaluate.sbert import load_sentence_model
-from dpo.evaluate.winrate import (
-    null_responses,
-    paired_tests,
-    render_win_rates,
-    score_generations,
-    win_rate_table,
-    write_results,
-)
+from dpo.evaluate.winrate import null_responses, score_generations, win_rate_table
 
 INSTRUCTIONS = Path(__file__).parents[2].parent / "shared" / "data" / "instruction-preferences.json"
-
-CHOSEN, REJECTED = "w", "l"
-TEXTS = {"win": "w", "loss": "l", "tie": "wl"}
-
-
-def embed(texts):
-    """Two axes: how many w and how many l. "w" is the chosen response, "l" the rejected one."""
-    return np.array([[text.count("w"), text.count("l")] for text in texts], np.float32)
-
-
-def generation(model, prompt_index, verdict, *, sample=0, temperature=0.7, **changes):
-    made = Generation(
-        model=model,
-        temperature=temperature,
-        prompt_index=prompt_index,
-        sample=sample,
-        prompt=f"prompt {prompt_index}",
-        chosen=CHOSEN,
-        rejected=REJECTED,
-        generated=TEXTS[verdict],
-        num_tokens=4,
-        truncated=False,
-    )
-    return replace(made, **changes)
-
-
-def scored(model, verdicts, **changes):
-    records = [generation(model, i, verdict, **changes) for i, verdict in enumerate(verdicts)]
-    return score_generations(records, embed)
 
 
 def rows(n):
@@ -83,10 +41,54 @@ def test_the_win_rate_leaves_ties_out_and_counts_them():
     assert row.mean_margin == pytest.approx(0.2)
 
 
-def test_nothing_but_ties_has_no_win_rate():
+def test_a_tie_moves_neither_win_rate_nor_interval_but_the_rate_with_ties_as_half():
+    decided = ["win"] * 30 + ["loss"] * 10
+    (plain,), (tied,) = (
+        win_rate_table(scored("m", verdicts)) for verdicts in (decided, decided + ["tie"] * 40)
+    )
+    for name in ("win_rate", "low", "high", "bootstrap_low", "bootstrap_high"):
+        assert getattr(plain, name) == getattr(tied, name)
+    assert plain.tie_half == plain.win_rate == 0.75
+    assert tied.tie_half == (30 + 20) / 80
+
+
+def test_nothing_but_ties_has_no_win_rate_and_is_half_with_ties_as_half():
     (row,) = win_rate_table(scored("m", ["tie", "tie"]))
     assert row.win_rate is None
+    assert row.tie_half == 0.5
     assert (row.low, row.high) == (0.0, 1.0)
+    assert (row.bootstrap_low, row.bootstrap_high) == (None, None)
+
+
+def test_the_bootstrap_draws_prompts_beside_wilsons_interval():
+    verdicts = ["win"] * 130 + ["loss"] * 70
+    (row,) = win_rate_table(scored("m", verdicts))
+    won = [verdict == "win" for verdict in verdicts]
+    expected = clustered_bootstrap_interval(won, range(200))
+    assert (row.bootstrap_low, row.bootstrap_high) == expected
+    assert (row.bootstrap_low, row.bootstrap_high) == pytest.approx((row.low, row.high), abs=0.01)
+    by_seed = [win_rate_table(scored("m", verdicts), seed=seed)[0] for seed in range(8)]
+    assert by_seed[0] == row
+    assert len({(other.bootstrap_low, other.bootstrap_high) for other in by_seed}) > 1
+    assert {(other.low, other.high) for other in by_seed} == {(row.low, row.high)}
+
+
+def test_copies_of_a_response_are_one_prompt_and_narrow_no_interval():
+    verdicts = ["win", "loss", "win", "win", "loss", "win", "win", "tie"] * 5
+    (once,) = win_rate_table(scored("m", verdicts))
+    copies = [
+        generation("m", i, verdict, sample=k)
+        for i, verdict in enumerate(verdicts)
+        for k in range(4)
+    ]
+    (copied,) = win_rate_table(score_generations(copies, embed))
+    assert (copied.n, copied.num_prompts, copied.win_rate) == (160, 40, once.win_rate)
+    assert (copied.bootstrap_low, copied.bootstrap_high) == (
+        once.bootstrap_low,
+        once.bootstrap_high,
+    )
+    assert copied.high - copied.low >= once.high - once.low
+    assert copied.high - copied.low > 1.5 * np.ptp(wilson_interval(100, 140))
 
 
 def test_samples_of_one_prompt_are_clustered():
@@ -100,6 +102,8 @@ def test_samples_of_one_prompt_are_clustered():
     wins, prompts = [1] * 4 + [0] * 4 + [1, 0, 1], [0] * 4 + [1] * 4 + [2] * 3
     assert (row.num_prompts, row.n, row.ties) == (3, 12, 1)
     assert (row.low, row.high) == clustered_wilson_interval(wins, prompts)
+    bootstrap = clustered_bootstrap_interval(wins, prompts)
+    assert (row.bootstrap_low, row.bootstrap_high) == bootstrap
     assert row.high - row.low > np.ptp(wilson_interval(6, 11))
 
 
@@ -178,130 +182,6 @@ def test_records_of_two_evaluation_sets_are_refused():
     records = [generation("a", 0, "win"), generation("b", 0, "win", chosen="other")]
     with pytest.raises(InputError, match="one evaluation set"):
         score_generations(records, embed)
-
-
-A = ["win", "win", "win", "loss", "win", "tie", "win", "win"]
-B = ["win", "loss", "loss", "win", "loss", "win", "tie", "loss"]
-
-
-def test_paired_test_by_hand():
-    (test,) = paired_tests(scored("a", A) + scored("b", B))
-    assert (test.model_a, test.model_b, test.num_prompts) == ("a", "b", 8)
-    assert (test.wins_only_a, test.wins_only_b) == (4, 1)  # two prompts are undecided
-    assert test.mcnemar_p == mcnemar_exact(4, 1) == test.mcnemar_p_holm
-    differences = [0.0, 1.0, 1.0, -1.0, 1.0, 1.0]
-    assert test.difference == pytest.approx(0.5)
-    assert (test.low, test.high) == paired_proportion_interval(differences)
-    margins = [0.0, 2.0, 2.0, -2.0, 2.0, -1.0, 1.0, 2.0]
-    assert test.margin_difference == pytest.approx(0.75)
-    assert test.permutation_p == pytest.approx(paired_permutation(margins))
-
-
-def test_swapping_the_models_mirrors_the_test():
-    (ab,) = paired_tests(scored("a", A) + scored("b", B))
-    (ba,) = paired_tests(scored("b", B) + scored("a", A))
-    assert (ba.difference, ba.low, ba.high) == pytest.approx((-ab.difference, -ab.high, -ab.low))
-    assert (ba.mcnemar_p, ba.permutation_p) == pytest.approx((ab.mcnemar_p, ab.permutation_p))
-
-
-def test_a_model_never_differs_from_itself():
-    (test,) = paired_tests(scored("a", A) + scored("copy", A))
-    assert (test.difference, test.mcnemar_p, test.permutation_p) == (0.0, 1.0, 1.0)
-    assert test.low < 0 < test.high
-
-
-def test_models_are_compared_at_equal_temperatures_only_and_holm_covers_them_all():
-    records = [
-        record
-        for model, verdicts in {"a": A, "b": B, "c": ["loss"] * 8}.items()
-        for temperature in (0.0, 1.0)
-        for record in scored(model, verdicts, temperature=temperature)
-    ]
-    tests = paired_tests(records)
-    assert len(tests) == 6
-    smallest = min(tests, key=lambda test: test.mcnemar_p)
-    assert smallest.mcnemar_p_holm == pytest.approx(min(1.0, 6 * smallest.mcnemar_p))
-
-
-def test_each_model_is_tested_against_the_best_null_response():
-    weak, strong = (
-        scored(name, verdicts, kind="null", temperature=None)
-        for name, verdicts in (("weak", ["loss"] * 8), ("strong", ["win"] * 6 + ["loss"] * 2))
-    )
-    tests = paired_tests(scored("a", A) + weak + strong)
-    assert [(t.family, t.model_a, t.model_b, t.temperature) for t in tests] == [
-        ("null", "a", "strong", 0.7)
-    ]
-
-
-def test_several_samples_are_one_prompt_in_a_paired_test():
-    samples = {"a": ["win", "win", "loss"], "b": ["loss", "loss", "tie"]}
-    records = [
-        generation(model, i, verdict, sample=k)
-        for model, verdicts in samples.items()
-        for i in range(6)
-        for k, verdict in enumerate(verdicts)
-    ]
-    (test,) = paired_tests(score_generations(records, embed))
-    assert (test.num_prompts, test.wins_only_a, test.wins_only_b) == (6, 6, 0)
-    assert test.difference == pytest.approx(2 / 3)
-    assert test.mcnemar_p == pytest.approx(2 / 2**6)
-
-
-def test_prompts_that_only_one_model_answered_are_counted():
-    (test,) = paired_tests(scored("a", A) + scored("b", B[:5]))
-    assert (test.num_prompts, test.num_unshared) == (5, 3)
-    elsewhere = score_generations([generation("b", 99, "win")], embed)
-    (test,) = paired_tests(scored("a", A) + elsewhere)
-    assert (test.num_prompts, test.difference, test.mcnemar_p) == (0, None, 1.0)
-
-
-def written(folder, records):
-    table, tests = win_rate_table(records), paired_tests(records)
-    write_results(folder, scored=records, table=table, tests=tests, meta={"seed": 3})
-    return table, tests
-
-
-def test_the_files_hold_the_table_the_tests_and_every_response(tmp_path):
-    records = scored("a", A) + scored("b", ["tie"] * 8, prompt="caf\u00e9 \u2028 \ud800")
-    table, tests = written(tmp_path / "evaluation", records)
-    names = {path.name for path in (tmp_path / "evaluation").iterdir()}
-    assert names == {"win_rates.csv", "win_rates.json", "paired_tests.csv", "scored.jsonl"}
-
-    content = json.loads((tmp_path / "evaluation/win_rates.json").read_text("utf-8"))
-    assert content["meta"] == {"seed": 3, "num_prompts": 8, "num_responses": 16}
-    assert content["win_rates"][0]["low"] == table[0].low
-    assert content["win_rates"][1]["win_rate"] is None
-    assert content["paired_tests"][0]["mcnemar_p"] == tests[0].mcnemar_p
-
-    with (tmp_path / "evaluation/win_rates.csv").open(newline="") as file:
-        first, second = csv.DictReader(file)
-    assert float(first["win_rate"]) == table[0].win_rate
-    assert second["win_rate"] == ""
-
-    lines = (tmp_path / "evaluation/scored.jsonl").read_text("utf-8").split("\n")
-    responses = [json.loads(line) for line in lines if line]
-    assert len(responses) == 16
-    assert responses[8]["prompt"] == "caf\u00e9 \u2028 \ud800"
-    assert responses[0]["verdict"] == "win"
-
-
-def test_a_file_that_cannot_be_written_is_one_sentence_and_leaves_no_part(tmp_path):
-    (tmp_path / "scored.jsonl").mkdir()
-    with pytest.raises(StorageError, match=r"scored\.jsonl: cannot be written"):
-        written(tmp_path, scored("a", A))
-    assert [path.name for path in tmp_path.iterdir()] == ["scored.jsonl"]
-
-
-def test_the_rendered_table_shows_rates_and_no_control_sequences():
-    records = scored("[red]m[/red]\x1b[2J", A) + scored("z", A, kind="null", temperature=None)
-    console = Console(width=140, file=io.StringIO())
-    console.print(render_win_rates(win_rate_table(records)))
-    text = console.file.getvalue()
-    assert "[red]m[/red]" in text
-    assert "\x1b" not in text
-    assert "85.7%" in text
-    assert "[48.7, 97.4]" in text
 
 
 def instruction_rows():

@@ -31,7 +31,6 @@ from dpo.evaluate.frontier import (
 from dpo.experiment import frontier
 from dpo.experiment.frontier import held_out_questions, run_frontier
 from dpo.experiment.frontier_config import (
-    METHOD_KINDS,
     FrontierConfig,
     kind_of,
     left_out,
@@ -39,6 +38,7 @@ from dpo.experiment.frontier_config import (
     quick_form,
 )
 from dpo.experiment.frontier_results import named_keys, responses_drawn
+from dpo.experiment.methods import METHOD_KINDS
 from dpo.report.exact_study import BEST_OF_TRUE, DPO, MAX_KL, PPO_RM, PPO_TRUE
 from dpo.report.frontier_page import answers, page
 from dpo.report.frontier_study import (

@@ -32,7 +32,7 @@ from dpo.data.reviews import (
 from dpo.data.sources import load_rows
 from dpo.data.split import near_key
 from dpo.errors import InputError
-from dpo.experiment.frontier_config import METHOD_KINDS
+from dpo.experiment.methods import METHOD_KINDS
 from dpo.experiment.sentiment import accuracy, pairs_of, run_sentiment
 from dpo.experiment.sentiment_config import (
     SentimentConfig,

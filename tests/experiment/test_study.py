@@ -9,7 +9,8 @@ import pytest
 
 from dpo.config import validate
 from dpo.errors import InputError
-from dpo.experiment.study import StudyConfig, combinations, plan, run_study
+from dpo.experiment.study import run_study
+from dpo.experiment.study_config import StudyConfig, combinations, plan
 
 TINY = {
     "model": {"fresh": {"width": 16, "layers": 1, "heads": 2, "positions": 96, "vocab_size": 300}},
@@ -119,5 +120,5 @@ def test_a_wrong_setting_of_any_run_is_said_before_anything_runs(tmp_path):
 )
 def test_what_the_study_decides_cannot_be_set_in_its_sections(tmp_path, section, key):
     config = study_config(tmp_path, **{section: {key: 1}})
-    with pytest.raises(InputError, match=rf"{section}\.{key}: a study sets this itself"):
+    with pytest.raises(InputError, match=rf"{section}\.{key}: the study sets this itself"):
         plan(config)

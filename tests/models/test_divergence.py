@@ -12,7 +12,7 @@ from scored_data import SHAPES, VOCAB, random_sequences
 from torch import nn
 
 from dpo.data.tokenize import TokenSequence
-from dpo.models.divergence import KLEstimate, on_policy_kl, sequence_kl
+from dpo.models.divergence import KLEstimate, kl_and_entropy, on_policy_kl, sequence_kl
 from tiny_models import ARCHITECTURES, make
 
 SMALL = 4  # tokens, one of which ends a response
@@ -145,6 +145,33 @@ def test_sequence_kl_equals_the_sum_written_out(name: str) -> None:
     in_float32 = sequence_kl(policy.float(), reference.float(), sequences)
     assert in_float32.tolist() == pytest.approx(expected, abs=1e-4)
     assert min(expected) > 1e-3
+
+
+def test_entropies_equal_the_sum_written_out() -> None:
+    """Of the policy alone, over the scored positions, whatever the batch."""
+    policy, reference = make("llama", VOCAB).double(), make("llama", VOCAB, seed=1).double()
+    sequences = random_sequences()
+    expected = []
+    for sequence in sequences:
+        total = 0.0
+        for t in range(sequence.prompt_length, len(sequence.ids)):
+            log_p = log_distribution(policy, list(sequence.ids[:t]))
+            total -= sum(math.exp(a) * a for a in log_p)
+        expected.append(total)
+    for max_tokens in (16_384, 1):
+        kl, entropy = kl_and_entropy(policy, reference, sequences, max_tokens=max_tokens)
+        assert entropy.tolist() == pytest.approx(expected, abs=1e-6)
+        assert (kl == sequence_kl(policy, reference, sequences, max_tokens=max_tokens)).all()
+
+
+def test_the_entropy_of_the_samples_is_a_mean_over_prompts_of_that_a_token() -> None:
+    policy, reference = small_models()
+    found = estimate(policy, reference, PROMPTS, samples_per_prompt=5)
+    assert 0 < found.entropy < math.log(SMALL)
+    assert found.entropy_stderr > 0
+    uniform = make("llama", SMALL, scale=0.0)
+    flat = estimate(uniform, reference, PROMPTS)
+    assert flat.entropy == pytest.approx(math.log(SMALL), abs=1e-6)
 
 
 def test_it_is_never_negative_when_the_policy_has_hardly_moved() -> None:

@@ -1,7 +1,9 @@
 """Figures: the numbers in them, the files beside them, and nothing clipped or overlapping."""
 
 import csv
+import errno
 import math
+import os
 import subprocess
 import sys
 from itertools import combinations, pairwise
@@ -50,8 +52,11 @@ def win_rate_row(model, temperature, rate, *, kind="model", n=220):
         losses=n - wins,
         ties=0,
         win_rate=wins / n,
+        tie_half=wins / n,
         low=interval.low,
         high=interval.high,
+        bootstrap_low=interval.low,
+        bootstrap_high=interval.high,
         confidence=0.95,
         mean_margin=0.01,
         truncated_share=0.0,
@@ -331,8 +336,21 @@ def test_nothing_to_draw_is_an_input_error_and_no_file(draw, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot be written: a file of that name"):
         reward_kl_figure(reward_points(), tmp_path / "file" / "figure")
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_older_one_and_no_part(tmp_path, monkeypatch):
+    drawn = reward_kl_figure(reward_points(), tmp_path / "figure")
+    before = {path.name: path.read_bytes() for path in drawn}
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"figure\.png cannot be written: the disk is full\."):
+        reward_kl_figure(reward_points()[:1], tmp_path / "figure")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @given(st.lists(st.floats(0, 1), max_size=12), st.floats(0.001, 0.2))

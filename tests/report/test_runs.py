@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dpo.evaluate.paired import PairedTest
 from dpo.evaluate.true_reward import RewardRow
-from dpo.evaluate.winrate import PairedTest
 from dpo.report import runs
 from dpo.report.data_check import check_data
 from dpo.report.runs import finish_run, reward_table, run_table
@@ -89,13 +89,16 @@ def test_true_rewards_are_shown_with_their_interval():
 def test_paired_tests_are_shown_with_their_interval_and_unknown_differences_are_blank():
     values = {
         "family": "models",
+        "family_size": 3,
         "model_a": "a[b]",
         "model_b": "c",
         "temperature": 1.0,
         "num_prompts": 7,
         "num_unshared": 0,
+        "num_decided": 7,
         "wins_only_a": 1,
         "wins_only_b": 2,
+        "disagreement": 0.375,
         "difference": -0.125,
         "low": -0.5,
         "high": 0.25,

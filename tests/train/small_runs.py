@@ -187,6 +187,7 @@ def outcome(folder: Path) -> dict[str, object]:
         folder / "best" / "model.safetensors",
         folder / "model" / "model.safetensors",
         *folder.glob("samples/*.jsonl"),
+        *folder.glob("held_out.csv"),
     ]
     found = {str(file.relative_to(folder)): sha256(file) for file in sorted(files)}
     return {**found, "state": state, "metrics": metrics_of(folder)}

@@ -43,6 +43,8 @@ CHECKPOINT_FILES = ["MANIFEST.json", "model.safetensors", "optimizer.safetensors
 RUN_FILES = {
     ".lock",
     "config.json",
+    "data.json",
+    "index.html",
     "manifest.json",
     "metrics.jsonl",
     "train_prompts.safetensors",
@@ -51,20 +53,35 @@ RUN_FILES = {
     *(f"{folder}/{file}" for folder in ("model", "best") for file in MODEL_FILES),
     *(f"checkpoints/step-0000000{n}/{file}" for n in (4, 6) for file in CHECKPOINT_FILES),
 }
+DIAGNOSES = ("displacement", "length", "subsets", "calibration")
+PREFERENCE_RUN_FILES = RUN_FILES | {
+    "held_out.csv",
+    "diagnostics.json",
+    "samples/displaced.jsonl",
+    *(f"figures/{name}.{suffix}" for name in DIAGNOSES for suffix in ("csv", "png", "svg")),
+}
+FILES = {"sft": RUN_FILES, "dpo": PREFERENCE_RUN_FILES}
 EVALUATION_FILES = {
+    ".lock",
+    "diagnostics.json",
+    "index.html",
     "win_rates.csv",
     "win_rates.json",
     "paired_tests.csv",
     "scored.jsonl",
     "true_rewards.csv",
-    *(f"figures/win_rate.{suffix}" for suffix in ("csv", "png", "svg")),
+    *(
+        f"figures/{name}.{suffix}"
+        for name in ("win_rate", "length_controlled")
+        for suffix in ("csv", "png", "svg")
+    ),
 }
 RUNS = {"sft": sft_run, "dpo": dpo_run}
 
 
 def files_of(folder):
     files = (f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
-    return {f for f in files if not f.startswith(("tensorboard/", "generations/"))}
+    return {f for f in files if not f.startswith(("tensorboard/", "generations/", "embeddings/"))}
 
 
 def held_out(folder):
@@ -73,7 +90,7 @@ def held_out(folder):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_directory_has_exactly_the_promised_files(name):
-    assert files_of(RUNS[name]()) == RUN_FILES
+    assert files_of(RUNS[name]()) == FILES[name]
     assert list((RUNS[name]() / "tensorboard").glob("events.*"))
 
 
@@ -123,10 +140,12 @@ def test_metrics_have_the_promised_keys_and_finite_numbers():
         "logps/rejected_change",
     }
     always = {"step", "epoch", "eval/loss", "eval/seconds"}
-    kl = {"eval/kl", "eval/kl_stderr", "eval/truncated", "eval/sample_tokens"}
+    uncertain = ("kl", "entropy", "sample_tokens", "repeated_4grams")
+    samples = {f"eval/{name}{end}" for name in uncertain for end in ("", "_stderr")}
+    samples |= {"eval/truncated", "eval/empty", "eval/distinct_2grams"}
     expected = {
         "sft": (every_step, always | {"eval/perplexity"}),
-        "dpo": (every_step | pairs, always | kl | {f"eval/{name}" for name in pairs}),
+        "dpo": (every_step | pairs, always | samples | {f"eval/{name}" for name in pairs}),
     }
     for name, (train_keys, eval_keys) in expected.items():
         for row in read_metrics(RUNS[name]()):
@@ -296,7 +315,7 @@ def test_running_a_finished_run_again_does_nothing(name):
     assert said.code == 0
     assert "is finished; nothing to do" in said.err
     assert {f: (f.stat().st_mtime_ns, sha256(f)) for f in kept} == before
-    assert files_of(folder) == RUN_FILES
+    assert files_of(folder) == FILES[name]
 
 
 def test_two_runs_of_one_configuration_are_equal_bit_for_bit(tmp_path):

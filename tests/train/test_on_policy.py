@@ -14,7 +14,7 @@ from dpo.data.prompts import load_template
 from dpo.data.synthetic import World
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
-from dpo.models.divergence import mean_over_prompts, on_policy_kl
+from dpo.models.divergence import mean_over_prompts, on_policy_kl, sample_on_policy
 from dpo.models.load import find_model, load_model, load_tokenizer
 from dpo.train.on_policy import OnPolicyEvaluation
 from dpo.train.reward_source import RewardFunction
@@ -77,13 +77,41 @@ def test_reward_and_kl_are_of_the_same_samples_and_the_same_as_measured_alone() 
     )
     assert found["eval/kl"] == kl.mean > 0
     assert found["eval/kl_stderr"] == kl.stderr
+    assert found["eval/entropy"] == kl.entropy > 0
+    assert found["eval/entropy_stderr"] == kl.entropy_stderr
     assert found["eval/sample_tokens"] == kl.tokens
     assert found["eval/truncated"] == kl.truncated
     _, _, reward_alone = evaluation(None, length_reward())
     alone = reward_alone(policy)
     assert "eval/kl" not in alone
-    assert {k: v for k, v in found.items() if not k.startswith("eval/kl")} == alone
+    of_reference = {k for k in found if k.startswith(("eval/kl", "eval/entropy"))}
+    assert {k: v for k, v in found.items() if k not in of_reference} == alone
     assert found["eval/reward"] == both(policy)["eval/reward"]  # the same random numbers
+
+
+def test_what_the_samples_are_like_is_counted_over_their_tokens() -> None:
+    """Against the samples drawn again with the same random numbers."""
+    policy, encoder, measure = evaluation(None, length_reward())
+    samples = sample_on_policy(
+        policy,
+        measure.ids,
+        stop_ids=encoder.stop_ids,
+        max_new_tokens=8,
+        samples_per_prompt=3,
+        seed=5,
+    )
+    found = measure(policy)
+    lengths = np.array([len(s.drawn) for s in samples]).reshape(4, 3).mean(1)
+    assert found["eval/sample_tokens_stderr"] == pytest.approx(lengths.std(ddof=1) / 2)
+    pairs = [p for s in samples for p in zip(s.ids, s.ids[1:], strict=False)]
+    assert found["eval/distinct_2grams"] == len(set(pairs)) / len(pairs)
+    repeats = []
+    for sample in samples:
+        grams = [sample.ids[i : i + 4] for i in range(len(sample.ids) - 3)]
+        repeats.append(1 - len(set(grams)) / len(grams) if grams else 0)
+    assert found["eval/repeated_4grams"] == pytest.approx(np.mean(repeats))
+    texts = [encoder.decode(s.ids) for s in samples]
+    assert found["eval/empty"] == sum(not text.strip() for text in texts) / 12
 
 
 def test_a_training_run_logs_the_reward_that_its_samples_have(tmp_path: Path) -> None:

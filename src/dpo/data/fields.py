@@ -123,6 +123,13 @@ class Fields:
             self.complain(name, f"is {shown}, expected true or false (1 or 0)")
         return bool(label)
 
+    def tag(self, name: str) -> str:
+        """A short name: text, a number or a truth value, safe to print; else the empty text. It is
+        never wrong, since nothing is trained on it.
+        """
+        value = self.values.get(name)
+        return printable(str(value).strip()) if isinstance(value, str | int | float) else ""
+
     def _text(self, name: str, value: object) -> str:
         if not isinstance(value, str):
             self.complain(name, f"is {kind_of(value)}, expected text")

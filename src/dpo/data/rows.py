@@ -24,7 +24,8 @@ Prompt = str | tuple[Message, ...]
 @dataclass(frozen=True, slots=True)
 class PreferenceRow:
     """One prompt with a chosen and a rejected response, and the place it was read from
-    (`prefs.jsonl:417`); `scores` of the two where the data rates them.
+    (`prefs.jsonl:417`); `scores` of the two where the data rates them; `subset`, the name of the
+    part of the data that it belongs to, where the data says.
     """
 
     prompt: Prompt
@@ -32,6 +33,7 @@ class PreferenceRow:
     rejected: str
     source: str = field(default="", compare=False)
     scores: tuple[float, float] | None = None
+    subset: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class RankedRow:
     responses: tuple[str, ...]
     scores: tuple[float, ...] | None = None
     source: str = field(default="", compare=False)
+    subset: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class UnpairedRow:
     completion: str
     label: bool
     source: str = field(default="", compare=False)
+    subset: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

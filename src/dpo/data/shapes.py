@@ -177,13 +177,17 @@ class Shape:
 
 
 SCORES = ("chosen_score", "rejected_score")
+SUBSET = "subset"
+"""The part of the data that a row belongs to: what is measured is also said part by part."""
 
 SHAPES = (
-    Shape(("prompt", "chosen", "rejected"), _preference, SCORES),
-    Shape(("instruction", "chosen", "rejected"), _instruction_preference, ("input", *SCORES)),
-    Shape(("chosen", "rejected"), _implicit, SCORES),
-    Shape(("prompt", "responses"), _ranked, ("scores",)),
-    Shape(("prompt", "completion", "label"), _unpaired),
+    Shape(("prompt", "chosen", "rejected"), _preference, (*SCORES, SUBSET)),
+    Shape(
+        ("instruction", "chosen", "rejected"), _instruction_preference, ("input", *SCORES, SUBSET)
+    ),
+    Shape(("chosen", "rejected"), _implicit, (*SCORES, SUBSET)),
+    Shape(("prompt", "responses"), _ranked, ("scores", SUBSET)),
+    Shape(("prompt", "completion", "label"), _unpaired, (SUBSET,)),
     Shape(("prompt", "response"), _demonstration("response")),
     Shape(("prompt", "completion"), _demonstration("completion")),
     Shape(("instruction", "output"), _instruction_demonstration, ("input",)),
@@ -257,7 +261,10 @@ def _read_row(record: Record, shape: Shape, columns: Mapping[str, str]) -> Row |
     row = None if missing else shape.read(fields)
     if row is None or fields.complaints:
         return Problem(record.source, "; ".join(fields.complaints) + ".")
-    return replace(row, source=record.source)
+    row = replace(row, source=record.source)
+    if isinstance(row, DemonstrationRow):
+        return row
+    return replace(row, subset=fields.tag(SUBSET))
 
 
 def _other_form(is_text: bool) -> str:

@@ -332,9 +332,8 @@ def _pairs_of_ranking(row: RankedRow) -> Iterator[PreferenceRow]:
     for better, worse in itertools.combinations(range(len(row.responses)), 2):
         scores = None if row.scores is None else (row.scores[better], row.scores[worse])
         if scores is None or scores[0] > scores[1]:
-            yield PreferenceRow(
-                row.prompt, row.responses[better], row.responses[worse], row.source, scores
-            )
+            better_text, worse_text = row.responses[better], row.responses[worse]
+            yield PreferenceRow(row.prompt, better_text, worse_text, row.source, scores, row.subset)
 
 
 def as_rankings(rows: Iterable[Row]) -> tuple[RankedRow, ...]:
@@ -354,7 +353,7 @@ def as_rankings(rows: Iterable[Row]) -> tuple[RankedRow, ...]:
                     f"{_where(row)}chosen_score {row.scores[0]:g} is below rejected_score "
                     f"{row.scores[1]:g}; a ranking goes by the scores."
                 )
-            rankings.append(RankedRow(row.prompt, two, row.scores, row.source))
+            rankings.append(RankedRow(row.prompt, two, row.scores, row.source, row.subset))
         else:
             raise InputError(
                 f"{_where(row)}expected ranked or preference rows, got {kind_of_row(row)} rows; "
@@ -375,8 +374,8 @@ def as_unpaired(rows: Iterable[Row]) -> tuple[UnpairedRow, ...]:
         if isinstance(row, UnpairedRow):
             judged.append(row)
         elif isinstance(row, PreferenceRow):
-            judged.append(UnpairedRow(row.prompt, row.chosen, True, row.source))
-            judged.append(UnpairedRow(row.prompt, row.rejected, False, row.source))
+            for text, label in ((row.chosen, True), (row.rejected, False)):
+                judged.append(UnpairedRow(row.prompt, text, label, row.source, row.subset))
         else:
             raise InputError(
                 f"{_where(row)}expected unpaired or preference rows, got {kind_of_row(row)} rows; "

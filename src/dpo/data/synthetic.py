@@ -233,8 +233,8 @@ def preferences(*, num_rows: int, seed: int, num_facts: int = 80) -> tuple[Prefe
         first, second = world.answer(prompt, rng), world.answer(prompt, rng)
         if first != second:
             row = world.prefer(prompt, first, second, rng)
-            source = f"synthetic:{len(rows) + 1}"
-            rows.append(PreferenceRow(row.prompt, row.chosen, row.rejected, source))
+            source, kind = f"synthetic:{len(rows) + 1}", world.fact_of[prompt].kind
+            rows.append(PreferenceRow(row.prompt, row.chosen, row.rejected, source, subset=kind))
     return tuple(rows)
 
 

@@ -101,7 +101,8 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> list[DemoRow]:
     }
     rows = _rows(models, evaluation, kls)
     _figures(out, models, evaluation, rows, seed)
-    _write(out, rows, seed, seconds=time.perf_counter() - started)
+    made_by = {"command": "demo", "seed": seed, "short": short}
+    _write(out, rows, made_by, seconds=time.perf_counter() - started)
     _print(out, rows, evaluation)
     return rows
 
@@ -252,13 +253,15 @@ def _curve(label: str, folder: Path, seed: int) -> TrainingCurve:
     )
 
 
-def _write(out: Path, rows: Sequence[DemoRow], seed: int, *, seconds: float) -> None:
+def _write(
+    out: Path, rows: Sequence[DemoRow], made_by: dict[str, object], *, seconds: float
+) -> None:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(asdict(rows[0])), lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     write_text(out / "table.csv", stream.getvalue())
-    manifest = {"seed": seed, "seconds": round(seconds, 1), **environment()}
+    manifest = {**made_by, "seconds": round(seconds, 1), **environment()}
     write_json(out / "manifest.json", manifest)
 
 

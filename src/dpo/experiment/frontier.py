@@ -115,7 +115,7 @@ def in_processes(
     and their memory is their own.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([function.__module__])
     workers = min(processes, len(tasks))
     if not tasks:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,17 +14,8 @@ from dpo.data.order import steps_per_epoch
 from dpo.data.synthetic import KINDS, all_facts
 from dpo.errors import InputError
 from dpo.experiment.embedded import MAX_NEW_TOKENS, TEST_FRACTION, data_settings
-from dpo.experiment.study import dotted
+from dpo.experiment.methods import METHOD_KINDS, REWARD_MODEL, dotted_for_each, refuse_own
 from dpo.online_config import OnlineConfig, PPOConfig
-from dpo.report.exact_study import (
-    DPO,
-    IPO,
-    ONLINE_DPO,
-    PPO_RM,
-    PPO_TRUE,
-    PREFERRED_FT,
-    UNLIKELIHOOD,
-)
 from dpo.sections import Count, Positive, Section, Seed
 from dpo.train.online import rows_per_round
 
@@ -34,43 +25,10 @@ ALL = 10_000
 PROMPTS_PER_ROUND = 128
 """Of PPO and online DPO, if their settings say nothing else."""
 
-REWARD_MODEL = "reward_model"
 SAMPLES = "samples.safetensors"
 """In a seed's `samples`: true rewards and the reward model's, (P, N) each."""
 DIVERGED = "diverged.json"
 """In a run's folder, if it did not come to its end."""
-
-
-@dataclass(frozen=True)
-class MethodKind:
-    """A method of the study: which command trains it, and which key is its strength."""
-
-    title: str
-    schema: type[RunConfig]
-    strength: str
-    settings: Mapping[str, Any]
-    """What makes it this method."""
-
-    @property
-    def by_reward_model(self) -> bool:
-        return self.settings.get("reward") == REWARD_MODEL
-
-
-METHOD_KINDS: dict[str, MethodKind] = {
-    "dpo": MethodKind(DPO, PreferenceConfig, "loss.beta", {"loss.name": "dpo"}),
-    "ipo": MethodKind(IPO, PreferenceConfig, "loss.beta", {"loss.name": "ipo"}),
-    "preferred_ft": MethodKind(
-        PREFERRED_FT, PreferenceConfig, "optimizer.learning_rate", {"loss.name": "nll"}
-    ),
-    "unlikelihood": MethodKind(
-        UNLIKELIHOOD, PreferenceConfig, "loss.alpha", {"loss.name": "unlikelihood"}
-    ),
-    "ppo_rm": MethodKind(PPO_RM, PPOConfig, "kl.coefficient", {"reward": REWARD_MODEL}),
-    "ppo_true": MethodKind(PPO_TRUE, PPOConfig, "kl.coefficient", {"reward.function": "synthetic"}),
-    "online": MethodKind(
-        ONLINE_DPO, OnlineConfig, "loss.beta", {"loss.name": "dpo", "reward": REWARD_MODEL}
-    ),
-}
 
 
 _PPO = {
@@ -104,13 +62,6 @@ class Budget(Section):
     learning_rate: Positive = Field(1e-4, description="Peak; it falls linearly to 0.")
 
 
-def _dotted_for_each(values: Any) -> Any:
-    """Each method's settings as dotted keys, whether they were written nested or not."""
-    if not isinstance(values, dict):
-        return values
-    return {name: dotted(settings) for name, settings in values.items()}
-
-
 class FrontierConfig(Section):
     """Which methods at which strengths, on how much data, for how long."""
 
@@ -136,7 +87,7 @@ class FrontierConfig(Section):
         "KL coefficient.",
     )
     best_of: list[Count] = Field([1, 2, 4, 8, 16, 32, 64], min_length=1)
-    settings: Annotated[dict[str, dict[str, Any]], BeforeValidator(_dotted_for_each)] = Field(
+    settings: Annotated[dict[str, dict[str, Any]], BeforeValidator(dotted_for_each)] = Field(
         default=TUNED,
         description="Settings of the command that trains a method or the reward model: "
         "{ppo_rm: {epochs: 4}, reward_model: {optimizer.learning_rate: 1e-3}}.",
@@ -249,9 +200,7 @@ def _check(config: FrontierConfig) -> None:
             known = ", ".join([*METHOD_KINDS, REWARD_MODEL])
             raise InputError(f"settings.{name}: expected one of {known}.")
         own = (*OWN_SETTINGS, METHOD_KINDS[name].strength) if name in METHOD_KINDS else OWN_SETTINGS
-        for key in settings:
-            if any(key == each or key.startswith(f"{each}.") for each in own):
-                raise InputError(f"settings.{name}.{key}: the study sets this itself; remove it.")
+        refuse_own(settings, own, where=f"settings.{name}")
 
 
 def left_out(seed: int) -> str:

@@ -26,7 +26,6 @@ from dpo.evaluate.frontier import (
 from dpo.experiment.embedded import MAX_NEW_TOKENS, data_settings, open_model
 from dpo.experiment.frontier_config import (
     DIVERGED,
-    METHOD_KINDS,
     SAMPLES,
     FrontierConfig,
     FrontierRun,
@@ -36,6 +35,7 @@ from dpo.experiment.frontier_config import (
     reward_model_config,
     seed_folder,
 )
+from dpo.experiment.methods import METHOD_KINDS
 from dpo.experiment.ratings import label_accuracy
 from dpo.models.load import weights_digest
 from dpo.online_config import OnlineConfig, PPOConfig
@@ -150,8 +150,13 @@ def run_result(run: FrontierRun, num_pairs: int, reward_model: Cost) -> RunResul
 def _cost(run: FrontierRun, num_pairs: int, reward_model: Cost) -> Cost:
     """Of one run, and of the reward model that it needs."""
     own = own_cost(run.config, num_pairs)
-    if not METHOD_KINDS[run.method].by_reward_model:
-        return own
+    if METHOD_KINDS[run.method].by_reward_model:
+        return with_reward_model(own, reward_model)
+    return own
+
+
+def with_reward_model(own: Cost, reward_model: Cost) -> Cost:
+    """The cost of a run together with that of its reward model."""
     return Cost(
         seconds=own.seconds,
         reward_model_seconds=reward_model.seconds,

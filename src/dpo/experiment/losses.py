@@ -26,8 +26,8 @@ from dpo.experiment.embedded import (
     train_demonstrator,
 )
 from dpo.experiment.loss_results import SFT, Contestant, SeedData, collect
+from dpo.experiment.methods import dotted_for_each, refuse_own
 from dpo.experiment.ratings import LIST_SIZE, rated_rows
-from dpo.experiment.study import dotted
 from dpo.loss_config import LOSS_CONFIGS, Kind, describe_unknown_loss
 from dpo.models.load import weights_digest
 from dpo.report.loss_study import LossStudy, write_loss_study
@@ -44,13 +44,6 @@ OWN_SETTINGS = ("model", "data", "out", "seed", "reference", "moving_reference",
 """What the study decides for each run."""
 
 
-def _dotted_for_each(values: Any) -> Any:
-    """Each loss's settings as dotted keys, whether they were written nested or not."""
-    if not isinstance(values, dict):
-        return values
-    return {name: dotted(settings) for name, settings in values.items()}
-
-
 class LossStudyConfig(Section):
     """Which losses, from which start, for how long."""
 
@@ -62,7 +55,7 @@ class LossStudyConfig(Section):
         128, description="64 pairs, 32 rankings of four, or 128 judged responses."
     )
     learning_rate: Positive = Field(2e-4, description="Of every loss that sets no other.")
-    losses: Annotated[dict[str, dict[str, Any]], BeforeValidator(_dotted_for_each)] = Field(
+    losses: Annotated[dict[str, dict[str, Any]], BeforeValidator(dotted_for_each)] = Field(
         default={}, description="Settings of dpo train for single losses: {sppo: {loss.beta: 1}}."
     )
     sft_steps: Count = Field(700, description="Optimizer steps of SFT.")
@@ -100,9 +93,7 @@ def plan(config: LossStudyConfig) -> list[LossRun]:
     for name, settings in config.losses.items():
         if name not in names:
             raise InputError(f"losses.{name}: has no effect, for names does not have {name}.")
-        for key in settings:
-            if any(key == own or key.startswith(f"{own}.") for own in OWN_SETTINGS):
-                raise InputError(f"losses.{name}.{key}: the study sets this itself; remove it.")
+        refuse_own(settings, OWN_SETTINGS, where=f"losses.{name}")
     for key, values in (("names", names), ("seeds", config.seeds)):
         if len({*values}) < len(values):
             raise InputError(f"{key}: expected different ones, got {values}.")

@@ -20,17 +20,21 @@ from dpo.config import (
 from dpo.errors import InputError
 from dpo.experiment.frontier_config import (
     ALL,
-    METHOD_KINDS,
     OWN_SETTINGS,
     PROMPTS_PER_ROUND,
     QUICK,
-    REWARD_MODEL,
     Budget,
     FrontierRun,
     SeedFolder,
     steps_between,
 )
-from dpo.experiment.study import dotted
+from dpo.experiment.methods import (
+    METHOD_KINDS,
+    REWARD_MODEL,
+    Dotted,
+    dotted_for_each,
+    refuse_own,
+)
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.sections import Count, Folder, Positive, Section, Seed
 
@@ -120,15 +124,6 @@ class MeasureConfig(Section):
     best_of: list[Count] = Field([1, 2, 4, 8, 16, 32, 64], min_length=1)
 
 
-def _dotted_for_each(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    return {name: dotted(settings) for name, settings in values.items()}
-
-
-Dotted = Annotated[dict[str, Any], BeforeValidator(dotted)]
-
-
 class SentimentConfig(Section):
     """Which model and reviews, which reward, which methods at which strengths."""
 
@@ -161,7 +156,7 @@ class SentimentConfig(Section):
         description="Methods and their strengths: beta, IPO's tau, a learning rate, alpha, PPO's "
         "KL coefficient.",
     )
-    settings: Annotated[dict[str, dict[str, Any]], BeforeValidator(_dotted_for_each)] = Field(
+    settings: Annotated[dict[str, dict[str, Any]], BeforeValidator(dotted_for_each)] = Field(
         default={},
         description="Settings of the command that trains a method or the reward model: "
         "{ppo_true: {rounds: 20}, reward_model: {optimizer.learning_rate: 1e-3}}.",
@@ -254,9 +249,7 @@ def _check(config: SentimentConfig) -> None:
     for where, settings in sections.items():
         strength = METHOD_KINDS.get(where.removeprefix("settings."))
         own = (*OWN_SETTINGS, strength.strength) if strength is not None else OWN_SETTINGS
-        for key in settings:
-            if any(key == each or key.startswith(f"{each}.") for each in own):
-                raise InputError(f"{where}.{key}: the study sets this itself; remove it.")
+        refuse_own(settings, own, where=where)
 
 
 def seed_folder(config: SentimentConfig, seed: int) -> SeedFolder:

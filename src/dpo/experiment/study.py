@@ -1,33 +1,31 @@
-"""`dpo experiment run`: SFT, then DPO over a grid, over seeds, evaluated together.
+"""`dpo experiment run`: SFT, then DPO over a grid and its rivals, over seeds, evaluated together.
 
-Every cell of the grid starts from the same SFT model of its seed, with that model as the
-reference, so cells differ in nothing but the settings of the grid. Runs that are finished are not
-repeated.
+Every run starts from the same SFT model of its seed, with that model as the reference, so runs of
+DPO differ in nothing but the settings of the grid, and rivals in nothing but the method. Runs that
+are finished are not repeated.
 """
 
 from __future__ import annotations
 
-import itertools
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator, Field, model_validator
 
 from dpo.atomic import write_json
 from dpo.config import (
-    DataConfig,
     EvaluateConfig,
-    ModelConfig,
     PreferenceConfig,
+    RewardConfig,
+    RewardSourceConfig,
+    RunConfig,
     SFTConfig,
-    nested,
-    shorthand,
-    validate,
 )
-from dpo.errors import InputError
+from dpo.core.best_of_n import best_of_n_kl_bound
+from dpo.data.rows import PreferenceRow
+from dpo.evaluate.best_of_n import best_of_each
 from dpo.evaluate.jobs import (
     Evaluation,
     check_held_out,
@@ -37,186 +35,33 @@ from dpo.evaluate.jobs import (
 )
 from dpo.evaluate.records import Generation
 from dpo.evaluate.sbert import load_sentence_model
+from dpo.experiment.frontier import in_processes
+from dpo.experiment.frontier_results import MODELS, own_cost, with_reward_model
+from dpo.experiment.study_config import Cell, Plan, best_of_label
+from dpo.experiment.study_config import StudyConfig as StudyConfig  # "as": for others to import
+from dpo.experiment.study_config import plan as plan
+from dpo.loss_config import takes_reference
+from dpo.online_config import PPOConfig
 from dpo.progress import counting
-from dpo.report.study import CellResult, Study, write_study
-from dpo.sections import Folder, Section, Seed
+from dpo.report.exact_study import BEST_OF_RM, DPO, PPO_RM
+from dpo.report.frontier_study import Cost
+from dpo.report.study import BestOf, CellResult, Study, write_study
 from dpo.train.jobs import train_preference, train_sft
-from dpo.train.prepare import load_preferences
-from dpo.train.run import environment, read_manifest, read_metrics
+from dpo.train.ppo import train_ppo
+from dpo.train.prepare import SplitData, load_preferences
+from dpo.train.reward import train_reward
+from dpo.train.reward_source import open_reward
+from dpo.train.run import environment, read_metrics
+from dpo.train.stopping import stop_here
 
 log = logging.getLogger("dpo")
 
-SFT = "SFT"
-BASE = "base"
-
-
-def dotted(values: Any) -> Any:
-    """Nested sections as dotted keys, so that `grid.loss.beta=[1]` replaces the key `loss.beta`.
-
-    >>> dotted({"loss.beta": [0.3], "loss": {"beta": [1]}})
-    {'loss.beta': [1]}
-    """
-    if not isinstance(values, dict):
-        return values
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= {f"{key}.{inner}": v for inner, v in dotted(value).items()}
-        else:
-            found[str(key)] = value
-    return found
-
-
-Values = Annotated[list[Any], Field(min_length=1)]
-
-
-class StudyConfig(Section):
-    """A study: one model, one data set, SFT, a grid of DPO settings, seeds."""
-
-    out: Folder = Field(description="The study's folder; runs go to out/runs.")
-    model: Annotated[ModelConfig, BeforeValidator(shorthand)] = Field(
-        description="What SFT starts from."
-    )
-    data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
-    sft: dict[str, Any] = Field(default={}, description="Settings of dpo sft.")
-    dpo: dict[str, Any] = Field(default={}, description="Settings of dpo train.")
-    grid: Annotated[dict[str, Values], BeforeValidator(dotted)] = Field(
-        default={"loss.beta": [0.3, 0.7, 1.0]},
-        min_length=1,
-        description="Dotted keys of dpo train, each with its values; every combination is a cell.",
-    )
-    evaluation: dict[str, Any] = Field(default={}, description="Settings of dpo evaluate.")
-
-    @model_validator(mode="after")
-    def _no_run_twice(self) -> StudyConfig:
-        lists = {"seeds": self.seeds} | {f"grid.{key}": v for key, v in self.grid.items()}
-        for key, values in lists.items():
-            if any(value in values[:i] for i, value in enumerate(values)):
-                raise ValueError(f"{key}: expected different ones, got {values}")
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One training run of the study."""
-
-    label: str
-    """What the tables call it: "SFT", "DPO beta 0.3"."""
-    seed: int
-    config: SFTConfig | PreferenceConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything a study will run, validated before anything runs."""
-
-    sft: tuple[Cell, ...]
-    dpo: tuple[Cell, ...]
-    evaluation: EvaluateConfig
-    labels: dict[str, tuple[str, int]]
-    """Name in the evaluation: the cell's label and seed."""
-
-
-def plan(config: StudyConfig) -> Plan:
-    """All runs of a study with their configurations.
-
-    Raises:
-        InputError: a setting of any of them is wrong, or the study sets what it must not.
-    """
-    _refuse(config.sft, ("model", "data", "out", "seed"), "sft")
-    _refuse(config.dpo, ("model", "data", "out", "seed", "reference"), "dpo")
-    _refuse(config.evaluation, ("models", "data", "out"), "evaluation")
-    runs = Path(config.out) / "runs"
-    model = _given(config.model)
-    data = _given(config.data)
-    sft = tuple(
-        Cell(
-            SFT,
-            seed,
-            validate(
-                SFTConfig,
-                {
-                    **config.sft,
-                    "model": model,
-                    "data": data,
-                    "out": str(runs / f"sft-seed{seed}"),
-                    "seed": seed,
-                },
-                where="sft",
-            ),
-        )
-        for seed in config.seeds
-    )
-    dpo = tuple(
-        Cell(f"DPO {label}", seed, _dpo_config(config, settings, label, seed, runs))
-        for settings, label in combinations(config.grid)
-        for seed in config.seeds
-    )
-    names = {f"{cell.label} seed {cell.seed}": cell for cell in (*sft, *dpo)}
-    models = {name: cell.config.out for name, cell in names.items()}
-    labels = {name: (cell.label, cell.seed) for name, cell in names.items()}
-    if config.model.path is not None:
-        models = {BASE: config.model.path, **models}
-        labels = {BASE: (BASE, config.seeds[0]), **labels}
-    values = {
-        **config.evaluation,
-        "models": models,
-        "data": {k: v for k, v in data.items() if k not in ("max_length", "max_dropped")},
-        "out": str(Path(config.out) / "evaluation"),
-    }
-    evaluation = validate(EvaluateConfig, values, where="evaluation")
-    fresh = config.model.fresh
-    if fresh is not None and evaluation.max_new_tokens >= fresh.positions:
-        raise InputError(
-            f"evaluation.max_new_tokens: {evaluation.max_new_tokens} leaves no room for a prompt; "
-            f"model.fresh.positions is {fresh.positions}."
-        )
-    return Plan(sft, dpo, evaluation, labels)
-
-
-def _given(section: Section) -> dict[str, Any]:
-    """What was set of a section, so that it passes validation again as it did."""
-    return section.model_dump(exclude_unset=True)
-
-
-def _refuse(values: dict[str, Any], keys: Sequence[str], section: str) -> None:
-    """The study itself decides some settings of its runs."""
-    for key in keys:
-        if key in values:
-            raise InputError(
-                f"{section}.{key}: a study sets this itself; remove it from {section}."
-            )
-
-
-def combinations(grid: dict[str, list[Any]]) -> list[tuple[dict[str, Any], str]]:
-    """Every combination of the grid's values, with its label.
-
-    >>> combinations({"loss.beta": [0.3, 1]})
-    [({'loss.beta': 0.3}, 'beta 0.3'), ({'loss.beta': 1}, 'beta 1')]
-    """
-    found = []
-    for values in itertools.product(*grid.values()):
-        settings = dict(zip(grid, values, strict=True))
-        label = " ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
-        found.append((settings, label))
-    return found
-
-
-def _dpo_config(
-    config: StudyConfig, settings: dict[str, Any], label: str, seed: int, runs: Path
-) -> PreferenceConfig:
-    values = nested(
-        {
-            **config.dpo,
-            "model": str(runs / f"sft-seed{seed}"),
-            "data": _given(config.data),
-            "out": str(runs / f"dpo-{label.replace(' ', '-')}-seed{seed}"),
-            "seed": seed,
-        },
-        settings,
-    )
-    return validate(PreferenceConfig, values, where=f"dpo, {label}")
+JOBS: dict[type[RunConfig], Callable[..., Path]] = {
+    SFTConfig: train_sft,
+    RewardConfig: train_reward,
+    PreferenceConfig: train_preference,
+    PPOConfig: train_ppo,
+}
 
 
 def run_study(config: StudyConfig, *, trust_remote_code: bool = False) -> Study:
@@ -226,26 +71,47 @@ def run_study(config: StudyConfig, *, trust_remote_code: bool = False) -> Study:
         InputError: a configuration is wrong (before anything runs), or data or model cannot be had.
     """
     todo = plan(config)
-    cells = (*todo.sft, *todo.dpo)
-    for number, cell in enumerate(cells, 1):
-        log.info("Run %d of %d: %s, seed %d.", number, len(cells), cell.label, cell.seed)
-        if isinstance(cell.config, SFTConfig):
-            train_sft(cell.config, trust_remote_code=trust_remote_code)
-        else:
-            train_preference(cell.config, trust_remote_code=trust_remote_code)
+    train_all(config, todo, trust_remote_code)
     evaluation = evaluate_together(todo, trust_remote_code=trust_remote_code)
-    results = [_result(cell) for cell in cells]
-    study = Study(Path(config.out), results, evaluation)
+    study = collect(config, todo, evaluation)
     write_json(
         study.folder / "study.json",
         {
             "config": config.model_dump(mode="json"),
             "environment": environment(),
-            "runs": [asdict(result) for result in results],
+            "runs": [asdict(result) for result in study.results],
+            "reward_models": [asdict(result) for result in study.reward_models],
+            "best_of": None if study.best_of is None else asdict(study.best_of),
+            "evaluation": study.judged,
         },
     )
     write_study(study)
     return study
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def train_all(config: StudyConfig, todo: Plan, trust_remote_code: bool) -> None:
+    """Every run of the study, what another one starts from before it."""
+    if config.processes is not None:
+        with stop_here():
+            for stage in todo.stages:
+                tasks = [(cell.config, trust_remote_code) for cell in stage]
+                in_processes(config.processes, train, tasks, "Training")
+        return
+    cells = [cell for stage in todo.stages for cell in stage]
+    for number, cell in enumerate(cells, 1):
+        log.info("Run %d of %d: %s, seed %d.", number, len(cells), cell.label, cell.seed)
+        train(cell.config, trust_remote_code)
+
+
+def train(config: RunConfig, trust_remote_code: bool) -> None:
+    """One run, by its command."""
+    JOBS[type(config)](config, trust_remote_code=trust_remote_code)
+
+
+# -- evaluation ----------------------------------------------------------------------------------
 
 
 def evaluate_together(todo: Plan, *, trust_remote_code: bool) -> Evaluation:
@@ -261,33 +127,131 @@ def evaluate_together(todo: Plan, *, trust_remote_code: bool) -> Evaluation:
         check_held_out(name, path, rows, allow=config.allow_overlap)
     embed = load_sentence_model(config.sentence_model.path)
     seeds = sorted({seed for _, seed in todo.labels.values()})
+    drawn = len(config.models) + (todo.best_of or 0) * len(todo.reward_models)
+    total = len(rows) * config.samples_per_prompt * len(config.temperatures) * drawn
     records: list[Generation] = []
-    total = len(rows) * config.samples_per_prompt * len(config.temperatures) * len(config.models)
+
+    def add(made: list[Generation], label: str, seed: int) -> None:
+        first = seeds.index(seed) * config.samples_per_prompt
+        records.extend(replace(r, model=label, sample=first + r.sample) for r in made)
+
     with counting("Generating", total) as advance:
         for name, path in config.models.items():
-            label, seed = todo.labels[name]
             made = generate_with(
                 name, path, data, rows, config, advance, trust_remote_code=trust_remote_code
             )
-            first = seeds.index(seed) * config.samples_per_prompt
-            records += [replace(r, model=label, sample=first + r.sample) for r in made]
+            add(made, *todo.labels[name])
+        if todo.best_of is not None:
+            for sft, model in zip(todo.sft, todo.reward_models, strict=True):
+                made = best_of_samples(
+                    todo.best_of,
+                    sft,
+                    model,
+                    data,
+                    rows,
+                    config,
+                    advance,
+                    trust_remote_code=trust_remote_code,
+                )
+                add(made, best_of_label(todo.best_of), sft.seed)
     meta = {**config.model_dump(mode="json", exclude={"out"}), "data_sha256": data.sha256}
     return judge(records, rows, embed, Path(config.out), world=None, meta=meta)
 
 
-def _result(cell: Cell) -> CellResult:
-    """What a finished run measured on held-out rows."""
+def best_of_samples(
+    n: int,
+    sft: Cell,
+    reward_model: Cell,
+    data: SplitData[PreferenceRow],
+    rows: Sequence[PreferenceRow],
+    config: EvaluateConfig,
+    progress: Callable[[int], None],
+    *,
+    trust_remote_code: bool,
+) -> list[Generation]:
+    """Of every n samples of a seed's SFT model, the one that its reward model scores highest."""
+    several = config.model_copy(update={"samples_per_prompt": n * config.samples_per_prompt})
+    drawn = generate_with(
+        f"best of {n} seed {sft.seed}",
+        sft.config.out,
+        data,
+        rows,
+        several,
+        progress,
+        trust_remote_code=trust_remote_code,
+    )
+    reward = open_reward(
+        RewardSourceConfig(model=reward_model.config.out),
+        precision=config.precision,
+        trust_remote_code=trust_remote_code,
+    )
+    return best_of_each(drawn, rows, reward, n=n)
+
+
+# -- what was measured ---------------------------------------------------------------------------
+
+
+def collect(config: StudyConfig, todo: Plan, evaluation: Evaluation) -> Study:
+    """All numbers of the finished study, from the run directories and the evaluation."""
+    costs = {cell.seed: own_cost(cell.config, num_pairs=0) for cell in todo.reward_models}
+    best_of = None
+    if todo.best_of is not None:
+        alone = Cost(0.0, 0.0, 0, 0, 0, 0, keys=1)
+        best_of = BestOf(
+            label=best_of_label(todo.best_of),
+            n=todo.best_of,
+            kl_bound=best_of_n_kl_bound(todo.best_of),
+            models=MODELS[BEST_OF_RM],
+            costs=[with_reward_model(alone, cost) for cost in costs.values()],
+        )
+    judged = json.loads((evaluation.folder / "win_rates.json").read_text(encoding="utf-8"))
+    return Study(
+        folder=Path(config.out),
+        results=[_result(cell, costs.get(cell.seed)) for cell in todo.policies],
+        evaluation=evaluation,
+        reward_models=[_result(cell, None) for cell in todo.reward_models],
+        best_of=best_of,
+        judged=judged,
+        memory_is_known=config.processes is not None,
+    )
+
+
+def _result(cell: Cell, reward_model: Cost | None) -> CellResult:
+    """What a finished run measured on held-out rows, and what it took."""
     folder = Path(cell.config.out)
     held_out = [row for row in read_metrics(folder) if "eval/loss" in row]
+
+    def along(key: str, *, applies: bool = True) -> list[float]:
+        return [float(row.get(key, "nan")) if applies else math.nan for row in held_out]
+
+    cost = own_cost(cell.config, num_pairs=0)  # the pairs are given; nobody draws them
+    if cell.by_reward_model:
+        assert reward_model is not None
+        cost = with_reward_model(cost, reward_model)
+    is_reward = cell.label.startswith(DPO) or isinstance(cell.config, RewardConfig)
     return CellResult(
         label=cell.label,
         seed=cell.seed,
         folder=folder.name,
-        epochs=[float(row["epoch"]) for row in held_out],
-        loss=[float(row["eval/loss"]) for row in held_out],
-        accuracy=[float(row.get("eval/rewards/accuracy", "nan")) for row in held_out],
-        chosen_change=[float(row.get("eval/logps/chosen_change", "nan")) for row in held_out],
-        kl=[float(row.get("eval/kl", "nan")) for row in held_out],
-        kl_stderr=[float(row.get("eval/kl_stderr", "nan")) for row in held_out],
-        seconds=float(read_manifest(folder)["seconds_training"]),
+        epochs=along("epoch"),
+        # PPO's is coefficient KL - reward, of another kind than all others.
+        loss=along("eval/loss", applies=not isinstance(cell.config, PPOConfig)),
+        accuracy=along("eval/rewards/accuracy", applies=is_reward),
+        chosen_change=along("eval/logps/chosen_change"),
+        kl=along("eval/kl"),
+        kl_stderr=along("eval/kl_stderr"),
+        models=models_held(cell.config),
+        cost=cost,
     )
+
+
+def models_held(config: RunConfig) -> list[str]:
+    """What a run needs in memory; KL is measured against the reference in every run, besides."""
+    if isinstance(config, PPOConfig):
+        found = MODELS[PPO_RM]
+        return [name for name in found if name != "critic" or config.critic != "shared"]
+    if isinstance(config, RewardConfig):
+        return ["reward model"]
+    if isinstance(config, PreferenceConfig) and takes_reference(config.loss):
+        return MODELS[DPO]
+    return ["policy"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpo.core.logps import sum_per_sequence, token_kl
+from dpo.core.logps import sum_per_sequence, token_entropy, token_kl
 from dpo.data.tokenize import TokenSequence
 from dpo.models.generate import SampledResponse, generate
 from dpo.models.scoring import MAX_LOGIT_BYTES, score_groups, scored_logits
@@ -28,6 +28,12 @@ class KLEstimate:
     """Share of the samples cut by the token limit; what comes after the cut is not counted."""
     tokens: float
     """Mean length of the samples, the end token included."""
+    entropy: float
+    """Mean entropy of the policy's next token along its samples, in nats a token."""
+    entropy_stderr: float
+
+
+Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 def sequence_kl(
@@ -37,9 +43,22 @@ def sequence_kl(
     *,
     max_tokens: int = 16_384,
     precision: str = "fp32",
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+) -> Values:
     """`sum_t KL(policy(. | y_<t) || reference(. | y_<t))` along each response, (S,), in nats."""
-    sums = np.zeros(len(sequences))
+    kl, _ = kl_and_entropy(policy, reference, sequences, max_tokens=max_tokens, precision=precision)
+    return kl
+
+
+def kl_and_entropy(
+    policy: nn.Module,
+    reference: nn.Module,
+    sequences: Sequence[TokenSequence],
+    *,
+    max_tokens: int = 16_384,
+    precision: str = "fp32",
+) -> tuple[Values, Values]:
+    """`sequence_kl`, and the policy's entropies summed along each response, (S,), in nats."""
+    sums, entropies = np.zeros(len(sequences)), np.zeros(len(sequences))
     vocabulary = policy.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     max_tokens = max(1, min(max_tokens, MAX_LOGIT_BYTES // (4 * vocabulary)))  # all logits exist
     for group in score_groups(policy, sequences, max_tokens=max_tokens):
@@ -48,8 +67,9 @@ def sequence_kl(
             logits, _, row = scored_logits(policy, members, precision=precision)
             reference_logits, _, _ = scored_logits(reference, members, precision=precision)
             kl = sum_per_sequence(token_kl(logits, reference_logits), row, len(members))
-        sums[group] = kl.cpu().numpy()
-    return sums
+            entropy = sum_per_sequence(token_entropy(logits), row, len(members))
+        sums[group], entropies[group] = kl.cpu().numpy(), entropy.cpu().numpy()
+    return sums, entropies
 
 
 def sample_on_policy(
@@ -99,8 +119,12 @@ def kl_of_samples(
         TokenSequence((*prompt, *sample.drawn), len(prompt))
         for prompt, sample in zip(of_sample, samples, strict=True)
     ]
-    kl = sequence_kl(policy, reference, sequences, max_tokens=max_tokens, precision=precision)
+    kl, entropies = kl_and_entropy(
+        policy, reference, sequences, max_tokens=max_tokens, precision=precision
+    )
     mean, stderr = mean_over_prompts(kl, num_prompts=len(prompts))
+    a_token = entropies / np.array([s.num_scored for s in sequences])
+    entropy, entropy_stderr = mean_over_prompts(a_token, num_prompts=len(prompts))
     return KLEstimate(
         mean=mean,
         stderr=stderr,
@@ -108,12 +132,12 @@ def kl_of_samples(
         num_samples=len(samples),
         truncated=sum(sample.truncated for sample in samples) / len(samples),
         tokens=sum(s.num_scored for s in sequences) / len(sequences),
+        entropy=entropy,
+        entropy_stderr=entropy_stderr,
     )
 
 
-def mean_over_prompts(
-    values: np.ndarray[tuple[int], np.dtype[np.float64]], *, num_prompts: int
-) -> tuple[float, float]:
+def mean_over_prompts(values: Values, *, num_prompts: int) -> tuple[float, float]:
     """Mean of values (P * samples,), prompt after prompt, and its standard error over prompts: the
     samples of one prompt are not independent.
     """

@@ -20,7 +20,8 @@ from dpo.report.exact_study import (
     seconds_to,
     worst_gains,
 )
-from dpo.report.exact_tables import NEAR, Cells, minus, spread
+from dpo.report.exact_tables import NEAR, minus
+from dpo.report.tables import Cells, spread
 
 
 def claims_table(study: ExactStudy) -> list[Cells]:

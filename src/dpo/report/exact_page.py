@@ -21,11 +21,10 @@ from dpo.report.exact_tables import (
     effect_table,
     final_table,
     frontier_table,
-    markdown,
     rate_table,
     reward_model_table,
-    spread,
 )
+from dpo.report.tables import Cells, Tables, markdown, save_tables, spread
 
 
 def write_exact_study(study: ExactStudy) -> None:
@@ -37,8 +36,10 @@ def write_exact_study(study: ExactStudy) -> None:
     frontier_figure(study, figures / "frontier")
     data_figure(study, figures / "data")
     time_figure(study, figures / "time")
+    found = tables(study)
+    save_tables(study.folder, found)
     write_text(study.folder / "README.md", page(study))
-    head, *rows = frontier_table(study)
+    head, *rows = found["frontier"]
     table = Table(title=f"Frontiers, {len(study.seeds)} seeds")
     for number, name in enumerate(head):
         table.add_column(name, justify="left" if number == 0 else "right")
@@ -49,29 +50,60 @@ def write_exact_study(study: ExactStudy) -> None:
     console.print(Text(f"Page: {study.folder / 'README.md'}"))
 
 
+def tables(study: ExactStudy) -> Tables:
+    """The page's tables by name, and single numbers of what was done."""
+    return {
+        "facts": facts(study),
+        "claims": claims_table(study),
+        "frontier": frontier_table(study),
+        "differences": difference_table(study),
+        "final": final_table(study),
+        "best of n": best_of_table(study),
+        "pairs": effect_table(study, PAIRS, "pairs"),
+        "coverage": effect_table(study, COVERAGE, "share of the responses"),
+        "beta": beta_table(study),
+        "reward model": reward_model_table(study),
+        "learning rate": rate_table(study),
+        "cost": cost_table(study),
+    }
+
+
+def facts(study: ExactStudy) -> list[Cells]:
+    """Of the reference and the pairs."""
+    entropy = mean([seed.reference_entropy for seed in study.seeds])
+    return [
+        ["fact", "value"],
+        ["reference entropy", f"{entropy:.2f}"],
+        ["largest entropy", f"{math.log(4096):.2f}"],
+        ["reference reward", spread([seed.reference_reward for seed in study.seeds])],
+        ["coverage", spread([row.measured.coverage for row in study.at_beta(DPO)])],
+    ]
+
+
 def page(study: ExactStudy) -> str:
     """The study as Markdown."""
+    found = tables(study)
     parts = [
         f"# DPO and RLHF where the optimum is known: {study.folder.name}",
         what_was_done(study),
         "## The claims",
         CLAIMS_NOTE,
-        markdown(claims_table(study)),
+        markdown(found["claims"]),
         "## Frontiers",
         FRONTIER_NOTE,
-        markdown(frontier_table(study)),
+        markdown(found["frontier"]),
         "![Reward against KL, and efficiency against KL](figures/frontier.svg)",
         "Differences, seed by seed:",
-        markdown(difference_table(study)),
+        markdown(found["differences"]),
         "## Where each method ends",
-        markdown(final_table(study)),
+        markdown(found["final"]),
         FINAL_NOTE,
         "**Best-of-n by the true reward**: its exact KL, and the bound often taken for it:",
-        markdown(best_of_table(study)),
+        markdown(found["best of n"]),
         "## What decides the order",
-        *decisions(study),
+        *decisions(study, found),
         "## What it costs",
-        markdown(cost_table(study)),
+        markdown(found["cost"]),
         COST_NOTE,
         "![Share of the gain against seconds](figures/time.svg)",
         *_diverged(study),
@@ -87,8 +119,7 @@ def what_was_done(study: ExactStudy) -> str:
     """World, data and training in three paragraphs, from the settings."""
     config = study.config
     seeds, ppo, offline = config["seeds"], config["ppo"], config["offline"]
-    entropy = mean([seed.reference_entropy for seed in study.seeds])
-    coverage = [row.measured.coverage for row in study.at_beta(DPO)]
+    known = dict(facts(study))
     return (
         "Sixteen prompts (praise or criticise one of eight topics), and as responses all 4,096 "
         "sequences of four of eight words, with a known reward: sentiment with negation and "
@@ -97,9 +128,9 @@ def what_was_done(study: ExactStudy) -> str:
         "and width 64.\n\n"
         f"For each seed ({', '.join(map(str, seeds))}) a fresh GPT-2 imitated "
         f"{config['demonstrations']:,} demonstrations and became the reference (entropy "
-        f"{entropy:.2f} nats of {math.log(4096):.2f}). A Bradley-Terry judge of the true reward "
-        f"labelled {config['pairs']:,} pairs of its responses, in which occurs "
-        f"{spread(coverage, 2)} of its probability. Every method starts from the reference: those "
+        f"{known['reference entropy']} nats of {known['largest entropy']}). A Bradley-Terry judge "
+        f"of the true reward labelled {config['pairs']:,} pairs of its responses, in which occurs "
+        f"{known['coverage']} of its probability. Every method starts from the reference: those "
         f"on pairs take {offline['steps']} steps of {offline['batch_size']} pairs at rate "
         f"{offline['learning_rate']:g}; the reward model {config['reward_model']['steps']} steps; "
         f"PPO {ppo['rounds']} rounds of {ppo['rollouts']} responses, {ppo['epochs']} passes; "
@@ -156,25 +187,25 @@ WHAT_IT_DOES_NOT_SHOW = """\
 - The intervals are over seeds: weights, demonstrations, pairs, order. The language is one."""
 
 
-def decisions(study: ExactStudy) -> list[str]:
+def decisions(study: ExactStudy, found: Tables) -> list[str]:
     """What was varied by itself: beta, pairs, coverage, reward model, learning rate."""
     beta = f"{study.beta:g}"
     return [
         f"**Number of pairs** (DPO, beta {beta}):",
-        markdown(effect_table(study, PAIRS, "pairs")),
+        markdown(found["pairs"]),
         f"**Coverage** (DPO, beta {beta}, {study.config['pairs']:,} pairs drawn from a random part "
         "of the responses; 1 is all of them). Error: of the implicit reward, on responses that "
         "occur in the pairs and on those that do not:",
-        markdown(effect_table(study, COVERAGE, "share of the responses")),
+        markdown(found["coverage"]),
         "**beta.** The smaller beta, the further the optimum is from where the pairs were drawn, "
         "and the more errors of the implicit reward cost (they are divided by beta):",
-        markdown(beta_table(study)),
+        markdown(found["beta"]),
         "![DPO: KL to the optimum against pairs; error of the implicit reward](figures/data.svg)",
         "**Fit of the reward model** (by its number of pairs, each with the same number of steps; "
         "gain of its exact solution, without PPO's own errors):",
-        markdown(reward_model_table(study)),
+        markdown(found["reward model"]),
         f"**Learning rate** (gain at beta {beta}, the rate multiplied by that factor):",
-        markdown(rate_table(study)),
+        markdown(found["learning rate"]),
     ]
 
 

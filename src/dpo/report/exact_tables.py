@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from dpo.core.best_of_n import best_of_n_kl_bound
-from dpo.core.stats import mean_interval
 from dpo.evaluate.exact import Measured
 from dpo.report.exact_study import (
     BEST_OF_RM,
@@ -26,34 +25,15 @@ from dpo.report.exact_study import (
     exact_rewards_at,
     gains,
     grouped,
-    mean,
     paired,
     rewards_at,
     seconds_to,
     worst_gains,
 )
+from dpo.report.tables import Cells, spread
 
 NEAR = 0.8
 """The share of the gain whose time is told."""
-
-Cells = list[str]
-"""A line of a table. The first line of a table is its head."""
-
-
-# -- numbers as text -----------------------------------------------------------------------------
-
-
-def spread(values: Iterable[float | None], digits: int = 2, *, signed: bool = False) -> str:
-    """Mean and Student's interval; the number alone of one seed; empty where it does not apply."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    sign = "+" if signed else ""
-    centre = f"{mean(known):{sign}.{digits}f}"
-    if len(known) < 2:
-        return centre
-    low, high = mean_interval(known)
-    return f"{centre} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def _of(

@@ -193,6 +193,7 @@ _RUN_PANELS: dict[str, dict[str, str]] = {
     "Reward margin (nats)": {"rewards/margin": ""},
     "Reward accuracy": {"rewards/accuracy": ""},
     "Response log-prob. (nats)": {"logps/chosen": "chosen", "logps/rejected": "rejected"},
+    "Reward of samples": {"samples/reward": "", "reward": ""},
     "On-policy KL (nats)": {"kl": ""},
     "Gradient norm": {"gradient_norm": ""},
     "Learning rate": {"learning_rate": ""},

@@ -30,7 +30,6 @@ from dpo.report.exact_study import (
     UNLIKELIHOOD,
     mean,
 )
-from dpo.report.exact_tables import markdown, spread
 from dpo.report.frontier_figures import cost_figure, frontier_figure, shift_figure
 from dpo.report.frontier_study import (
     SMALLEST_KL,
@@ -50,8 +49,7 @@ from dpo.report.frontier_study import (
     rewards_at,
     seconds,
 )
-
-Cells = list[str]
+from dpo.report.tables import Cells, Tables, markdown, save_tables, spread
 
 ON_SCREEN = 5
 """Columns that fit into a terminal."""
@@ -69,8 +67,10 @@ def write_frontier_study(study: FrontierStudy) -> None:
     cost_figure(study, figures / "cost")
     if any(seed.shift for seed in study.seeds):
         shift_figure(study, figures / "shift")
+    found = tables(study)
+    save_tables(study.folder, found)
     write_text(study.folder / "README.md", page(study))
-    head, *rows = (line[:ON_SCREEN] for line in frontier_table(study))
+    head, *rows = (line[:ON_SCREEN] for line in found["frontier"])
     table = Table(title=f"Frontiers, {_seeds(study)}")
     for number, name in enumerate(head):
         table.add_column(name, justify="left" if number == 0 else "right")
@@ -111,35 +111,63 @@ MEASURED = ("step", "kl", "kl_stderr", "reward", "reward_stderr")
 COSTS = tuple(Cost.__dataclass_fields__)
 
 
+def tables(study: FrontierStudy) -> Tables:
+    """The page's tables by name, and single numbers of what was done."""
+    shift = [row for seed in study.seeds for row in seed.shift]
+    return {
+        "facts": facts(study),
+        "claims": claims_table(study),
+        "frontier": frontier_table(study),
+        "differences": difference_table(study),
+        "final": final_table(study),
+        "best of n": best_of_table(study),
+        "reward model": reward_model_table(study),
+        "stability": stability_table(study),
+        "cost": cost_table(study),
+        **({"shift": shift_table(shift)} if shift else {}),
+    }
+
+
+def facts(study: FrontierStudy) -> list[Cells]:
+    """Of what everything was measured on, and how well."""
+    return [
+        ["fact", "value"],
+        ["held-out questions", str(study.num_questions)],
+        ["standard error of a reward", f"{_typical_error(study):.2f}"],
+        ["diverged runs", str(sum(len(study.diverged(method)) for method in TRAINED))],
+    ]
+
+
 def page(study: FrontierStudy) -> str:
     """The study as Markdown."""
+    found = tables(study)
     parts = [
         f"# Reward against KL, DPO and its rivals: {study.folder.name}",
         what_was_done(study),
         "## Simpler, faster, more stable, and a better frontier?",
         *answers(study),
         CLAIMS_NOTE,
-        markdown(claims_table(study)),
+        markdown(found["claims"]),
         "## Frontiers",
         "![True reward against KL](figures/frontier.svg)",
-        markdown(frontier_table(study)),
+        markdown(found["frontier"]),
         _frontier_note(study),
         "Differences, seed by seed:",
-        markdown(difference_table(study)),
+        markdown(found["differences"]),
         "## Where each method ends",
-        markdown(final_table(study)),
+        markdown(found["final"]),
         FINAL_NOTE,
         "## Best-of-n",
-        markdown(best_of_table(study)),
+        markdown(found["best of n"]),
         BEST_OF_NOTE,
         "## The reward model",
-        markdown(reward_model_table(study)),
+        markdown(found["reward model"]),
         "## Stability",
-        markdown(stability_table(study)),
+        markdown(found["stability"]),
         STABILITY_NOTE,
         *diverged_runs(study),
         "## Cost",
-        markdown(cost_table(study)),
+        markdown(found["cost"]),
         _cost_note(study),
         "![Area under the frontier against seconds](figures/cost.svg)",
         *_shift(study),

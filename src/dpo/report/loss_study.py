@@ -28,6 +28,7 @@ from dpo.report.style import (
     plain,
     save_figure,
 )
+from dpo.report.tables import Tables, save_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,7 @@ def write_loss_study(study: LossStudy) -> None:
     writer.writerows(asdict(row) for row in study.rows)
     write_text(study.folder / "table.csv", stream.getvalue())
     loss_figure(study.rows, study.folder / "figures" / "reward_kl")
+    save_tables(study.folder, tables(study))
     write_text(study.folder / "README.md", page(study))
     table = Table(title=f"{study.num_questions} held-out questions, temperature 1")
     shown = [COLUMNS.index(name) for name in ON_SCREEN]
@@ -229,6 +231,18 @@ def loss_figure(rows: Sequence[LossRow], stem: Path) -> list[Path]:
 
 
 # -- the page ------------------------------------------------------------------------------------
+
+
+def tables(study: LossStudy) -> Tables:
+    """The page's table, and what everything was measured on."""
+    return {
+        "facts": [
+            ["fact", "value"],
+            ["held-out questions", str(study.num_questions)],
+            ["labels that the true reward agrees with", f"{study.label_accuracy:.0%}"],
+        ],
+        "losses": [list(COLUMNS), *map(cells, study.rows)],
+    }
 
 
 def page(study: LossStudy) -> str:

@@ -13,9 +13,12 @@ from rich.text import Text
 
 from dpo.errors import InputError
 from dpo.evaluate.jobs import Evaluation
+from dpo.evaluate.paired import PairedTest, power_lines
+from dpo.evaluate.tables import render_win_rates
 from dpo.evaluate.true_reward import RewardRow
-from dpo.evaluate.winrate import PairedTest, render_win_rates
 from dpo.report.figures import run_curves_figure, win_rate_figure
+from dpo.report.judges import agreement_table, head_to_head_table
+from dpo.train.held_out import HELD_OUT
 from dpo.train.run import read_manifest, read_metrics
 
 SUMMARY = (
@@ -48,7 +51,9 @@ def finish_run(folder: Path) -> None:
     console = Console()
     console.print(run_table(folder, metrics))
     last = _held_out(metrics)[-1]
-    if last.get("eval/logps/chosen_change", 0.0) < 0 < last.get("eval/rewards/margin", 0.0):
+    diagnosed = (folder / HELD_OUT).is_file()  # then its readings say this, pair by pair
+    fell = last.get("eval/logps/chosen_change", 0.0) < 0 < last.get("eval/rewards/margin", 0.0)
+    if fell and not diagnosed:
         console.print(
             "The chosen responses became less likely while the margin grew: DPO's loss looks only "
             "at the difference, and rejected responses fell further. Watch KL and samples."
@@ -85,6 +90,12 @@ def finish_evaluation(evaluation: Evaluation) -> None:
         console.print(reward_table(evaluation.rewards))
     if evaluation.tests:
         console.print(tests_table(evaluation.tests))
+    for line in power_lines(evaluation.tests):
+        console.print(Text(line))
+    if evaluation.duels:
+        console.print(head_to_head_table(evaluation.duels.table))
+        if evaluation.duels.agreement:
+            console.print(agreement_table(evaluation.duels.agreement))
     console.print(Text(f"Tables and figures: {evaluation.folder}"))
 
 

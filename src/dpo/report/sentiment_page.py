@@ -14,10 +14,8 @@ from dpo.atomic import write_text
 from dpo.core.frontier import area_under, reward_at_kl
 from dpo.core.stats import mean_interval, wilson_interval
 from dpo.report.exact_study import DPO, FIXED_KLS, MAX_KL, ONLINE_DPO, PPO_RM, PPO_TRUE, mean
-from dpo.report.exact_tables import markdown, spread
 from dpo.report.frontier_page import (
     STRENGTHS,
-    Cells,
     best_of_table,
     cost_table,
     diverged_runs,
@@ -38,6 +36,7 @@ from dpo.report.frontier_study import (
     rewards_at,
 )
 from dpo.report.sentiment_figures import NORMAL_95, plane_figure
+from dpo.report.tables import Cells, Tables, markdown, save_tables, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +77,10 @@ def write_sentiment_study(study: FrontierStudy, facts: SentimentFacts) -> None:
     """table.csv, figures/ and README.md in the study's folder; the frontiers on the screen."""
     write_table(study, study.folder / "table.csv")
     plane_figure(study, study.folder / "figures" / "frontier")
+    found = tables(study, facts)
+    save_tables(study.folder, found)
     write_text(study.folder / "README.md", page(study, facts))
-    head, *rows = plane_table(study)
+    head, *rows = found["frontier"]
     table = Table(title="Reward at a KL from the SFT model")
     for number, name in enumerate(head):
         table.add_column(name, justify="left" if number == 0 else "right")
@@ -90,8 +91,32 @@ def write_sentiment_study(study: FrontierStudy, facts: SentimentFacts) -> None:
     console.print(Text(f"Page: {study.folder / 'README.md'}"))
 
 
+def tables(study: FrontierStudy, facts: SentimentFacts) -> Tables:
+    """The page's tables by name, and single numbers of what was done."""
+    return {
+        "facts": [
+            ["fact", "value"],
+            ["held-out prefixes", str(study.num_questions)],
+            ["parameters, millions", f"{facts.num_parameters / 1e6:.1f}"],
+            ["reward right on reviews", str(facts.of_reviews)],
+            ["reward right on passages", str(facts.of_passages)],
+            ["SFT loss", spread(facts.sft_loss)],
+            ["pairs", ", ".join(f"{n:,}" for n in facts.num_pairs)],
+            ["standard error of a reward", f"{_typical_error(study):.2f}"],
+        ],
+        "frontier": plane_table(study),
+        **({"differences": differences_table(study)} if DPO in study.methods() else {}),
+        "final": final_table(study),
+        "best of n": best_of_table(study),
+        "reward model": reward_model_table(study, unit="prefixes", pairs="pairs"),
+        **({"stability": stability_table(study)} if len(study.seeds) > 1 else {}),
+        "cost": cost_table(study),
+    }
+
+
 def page(study: FrontierStudy, facts: SentimentFacts) -> str:
     """The study as Markdown."""
+    found = tables(study, facts)
     parts = [
         f"# Sentiment of reviews, reward against KL: {study.folder.name}",
         "The controlled experiment of the DPO paper (Rafailov et al. 2023, Section 6.1) on human "
@@ -103,21 +128,21 @@ def page(study: FrontierStudy, facts: SentimentFacts) -> str:
         _reward(study, facts),
         "## Reward against KL",
         "![Reward against KL](figures/frontier.svg)",
-        markdown(plane_table(study)),
+        markdown(found["frontier"]),
         _plane_note(study),
-        *_differences(study),
+        *_differences(study, found),
         "## Where each method ends",
-        markdown(final_table(study)),
+        markdown(found["final"]),
         _final_note(study),
         *diverged_runs(study),
         "## Best-of-n",
-        markdown(best_of_table(study)),
+        markdown(found["best of n"]),
         BEST_OF_NOTE,
         "## The reward model",
-        markdown(reward_model_table(study, unit="prefixes", pairs="pairs")),
-        *_stability(study),
+        markdown(found["reward model"]),
+        *_stability(found),
         "## Cost",
-        markdown(cost_table(study)),
+        markdown(found["cost"]),
         COST_NOTE,
         "## What this does not show",
         _limits(facts),
@@ -266,15 +291,20 @@ def _plane_note(study: FrontierStudy) -> str:
     )
 
 
-def _differences(study: FrontierStudy) -> list[str]:
-    """DPO's frontier against the others', and what that says of the paper's claim."""
-    if DPO not in study.methods():
-        return []
+def differences_table(study: FrontierStudy) -> list[Cells]:
+    """DPO's frontier against the others'."""
     lines = [["DPO minus", *(f"reward at {_nats(kl)}" for kl in FIXED_KLS)]]
     for other in study.methods():
         if other != DPO:
             cells = [_difference(study, other, kl) for kl in FIXED_KLS]
             lines.append([other, *(f"{mean(c.values):+.2f} {c}" for c in cells)])
+    return lines
+
+
+def _differences(study: FrontierStudy, found: Tables) -> list[str]:
+    """DPO's frontier against the others', and what that says of the paper's claim."""
+    if "differences" not in found:
+        return []
     how = (
         "Differences, seed by seed, with Student's 95% interval:"
         if len(study.seeds) > 1
@@ -282,7 +312,7 @@ def _differences(study: FrontierStudy) -> list[str]:
         "two policies as if they had nothing in common, though all are measured on the same "
         "prefixes and random numbers."
     )
-    return [how, markdown(lines), *_claim(study)]
+    return [how, markdown(found["differences"]), *_claim(study)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,10 +394,10 @@ def _final_note(study: FrontierStudy) -> str:
     )
 
 
-def _stability(study: FrontierStudy) -> list[str]:
-    if len(study.seeds) < 2:
+def _stability(found: Tables) -> list[str]:
+    if "stability" not in found:
         return []
-    return ["## Stability", markdown(stability_table(study))]
+    return ["## Stability", markdown(found["stability"])]
 
 
 BEST_OF_NOTE = """\

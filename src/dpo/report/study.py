@@ -1,4 +1,4 @@
-"""What a study leaves: its table, its figures, samples side by side, and a page that shows them."""
+"""What a study leaves: tables, figures, samples side by side, and a page that shows them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,36 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dpo.atomic import write_text
-from dpo.core.stats import mean_interval
 from dpo.data.audit import visible
 from dpo.evaluate.jobs import Evaluation
+from dpo.evaluate.paired import PairedTest
 from dpo.evaluate.records import ScoredGeneration
-from dpo.evaluate.winrate import render_win_rates
+from dpo.evaluate.tables import render_win_rates
+from dpo.report.exact_study import DPO
 from dpo.report.figures import TrainingCurve, training_curves_figure, win_rate_figure
+from dpo.report.frontier_study import Cost
 from dpo.report.runs import tests_table
+from dpo.report.tables import Cells, Tables, markdown, save_tables, spread
 
 NUM_SAMPLES = 8
+SFT = "SFT"
 
 
 @dataclass(frozen=True, slots=True)
 class CellResult:
-    """One run of a study: its held-out metrics over the epochs (nan where they do not apply)."""
+    """One run of a study: its held-out metrics over the epochs (nan where they do not apply), and
+    what it took.
+    """
 
     label: str
     seed: int
@@ -36,10 +43,29 @@ class CellResult:
     epochs: list[float]
     loss: list[float]
     accuracy: list[float]
+    """How often the reward, DPO's implicit one or a reward model's, prefers the chosen response."""
     chosen_change: list[float]
     kl: list[float]
+    """To the SFT model of the seed, in nats a response, on the policy's own samples."""
     kl_stderr: list[float]
-    seconds: float
+    models: list[str]
+    """In memory while it is trained."""
+    cost: Cost
+    """Together with its reward model's, where it needs one."""
+
+
+@dataclass(frozen=True, slots=True)
+class BestOf:
+    """Best-of-n, which trains nothing but a reward model."""
+
+    label: str
+    n: int
+    kl_bound: float
+    """`log n - (n - 1)/n`: the most that its KL to the SFT model can be, in nats."""
+    models: list[str]
+    """In memory while it answers."""
+    costs: list[Cost]
+    """Of each seed: the reward model's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +74,22 @@ class Study:
 
     folder: Path
     results: list[CellResult]
+    """Of the runs that leave a policy."""
     evaluation: Evaluation
+    reward_models: list[CellResult] = field(default_factory=list)
+    best_of: BestOf | None = None
+    judged: dict[str, Any] = field(default_factory=dict)
+    """The evaluation's own record: how it was made, win rates and paired tests."""
+    memory_is_known: bool = False
+    """Whether every run had a process of its own."""
 
     def labels(self) -> list[str]:
-        """The methods, in order."""
+        """The trained methods, in order."""
         return list(dict.fromkeys(result.label for result in self.results))
 
     def of(self, label: str) -> list[CellResult]:
         """The runs of a method, one a seed."""
         return [result for result in self.results if result.label == label]
-
-
-COLUMNS = (
-    "method",
-    "seeds",
-    "held-out loss",
-    "reward accuracy",
-    "log pi(chosen), change",
-    "KL(policy || SFT)",
-    "seconds a run",
-)
 
 
 def write_study(study: Study) -> None:
@@ -77,16 +99,19 @@ def write_study(study: Study) -> None:
     figures = study.folder / "figures"
     training_curves_figure(curves(study), figures / "training")
     win_rate_figure(study.evaluation.table, figures / "win_rate")
-    rows = summary(study)
+    found = tables(study)
+    save_tables(study.folder, found)
     stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows([COLUMNS, *rows])
+    lines = zip(found["methods"], found["cost"], strict=True)
+    csv.writer(stream, lineterminator="\n").writerows([*own, *cost[1:]] for own, cost in lines)
     write_text(study.folder / "table.csv", stream.getvalue())
     samples = side_by_side(study.evaluation.scored)
-    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    write_text(study.folder / "samples.jsonl", "".join(lines))
-    write_text(study.folder / "README.md", page(study, rows, samples))
+    texts = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_text(study.folder / "samples.jsonl", "".join(texts))
+    write_text(study.folder / "README.md", page(study, samples))
     console = Console()
-    console.print(_table("Held-out metrics at the end of training", COLUMNS, rows))
+    console.print(_table("Held-out metrics at the end of training", found["methods"]))
+    console.print(_table("Cost of a run", found["cost"]))
     console.print(render_win_rates(study.evaluation.table))
     console.print(tests_table(study.evaluation.tests))
     console.print(Text(f"Page: {study.folder / 'README.md'}   figures: {figures}"))
@@ -96,7 +121,7 @@ def curves(study: Study) -> list[TrainingCurve]:
     """Held-out DPO loss and KL over the epochs, one curve a run."""
     return [
         TrainingCurve(
-            label=result.label.removeprefix("DPO "),
+            label=result.label.removeprefix(f"{DPO} "),
             seed=result.seed,
             x=result.epochs,
             loss=result.loss,
@@ -104,40 +129,192 @@ def curves(study: Study) -> list[TrainingCurve]:
             kl_stderr=result.kl_stderr,
         )
         for result in study.results
-        if result.label.startswith("DPO")
+        if result.label.startswith(DPO)
     ]
 
 
-def summary(study: Study) -> list[list[str]]:
-    """One line a method: the mean over seeds, with Student's 95% interval where there are
-    several.
-    """
-    rows: list[list[str]] = []
+# -- tables: the first line is the head ----------------------------------------------------------
+
+
+def tables(study: Study) -> Tables:
+    """The page's tables by name, and single numbers of what was done."""
+    found = {
+        "facts": facts_table(study),
+        "methods": method_table(study),
+        "cost": cost_table(study),
+        "win rates": win_table(study),
+        "against the strongest null": against_null_table(study),
+        "dpo against the others": against_dpo_table(study),
+    }
+    if study.reward_models:
+        found["reward model"] = reward_model_table(study.reward_models)
+    return found
+
+
+def facts_table(study: Study) -> list[Cells]:
+    """How responses were judged."""
+    meta = study.judged.get("meta", {})
+    known = {
+        "held-out prompts": meta.get("num_prompts"),
+        "judge": meta.get("sentence_model"),
+        "samples a prompt, seed and temperature": meta.get("samples_per_prompt"),
+        "longest response, tokens": meta.get("max_new_tokens"),
+        "seeds": len({result.seed for result in study.results}),
+    }
+    return [["fact", "value"], *([name, str(v)] for name, v in known.items() if v is not None)]
+
+
+def method_table(study: Study) -> list[Cells]:
+    """A line a method: the end of training on held-out rows, mean over seeds."""
+    lines = [
+        [
+            "method",
+            "seeds",
+            "held-out loss",
+            "reward accuracy",
+            "log pi(chosen), change",
+            "KL(policy ‖ SFT)",
+        ]
+    ]
     for label in study.labels():
         runs = study.of(label)
-        rows.append(
+        lines.append(
             [
                 label,
                 str(len(runs)),
-                _mean([run.loss[-1] for run in runs]),
-                _mean([run.accuracy[-1] for run in runs]),
-                _mean([run.chosen_change[-1] for run in runs]),
-                _mean([run.kl[-1] for run in runs]),
-                _mean([run.seconds for run in runs], digits=0),
+                _last(run.loss for run in runs),
+                _last(run.accuracy for run in runs),
+                _last(run.chosen_change for run in runs),
+                "0" if label == SFT else _last(run.kl for run in runs),
             ]
         )
-    return rows
+    best = study.best_of
+    if best is not None:
+        bound = f"at most {best.kl_bound:.3f} (log n - (n - 1)/n)"
+        lines.append([best.label, str(len(best.costs)), "", "", "", bound])
+    return lines
 
 
-def _mean(values: Sequence[float], *, digits: int = 3) -> str:
-    """Mean and interval as text; empty where the metric does not apply."""
-    if any(math.isnan(value) for value in values):
-        return ""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    low, high = mean_interval(values)
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def cost_table(study: Study) -> list[Cells]:
+    """What a run of each method takes; lines in the order of `method_table`."""
+    lines = [
+        [
+            "method",
+            "seconds",
+            "of them reward model",
+            "peak memory (MB)",
+            "models in memory",
+            "gradient steps",
+            "responses drawn",
+            "responses an answer",
+            "settings",
+        ]
+    ]
+    for label in study.labels():
+        runs = study.of(label)
+        costs = [run.cost for run in runs]
+        lines.append([label, *_cost_cells(costs, runs[0].models, study.memory_is_known, answer=1)])
+    best = study.best_of
+    if best is not None:
+        cells = _cost_cells(best.costs, best.models, study.memory_is_known, answer=best.n)
+        lines.append([best.label, *cells])
+    return lines
+
+
+def _cost_cells(
+    costs: Sequence[Cost], models: Sequence[str], memory: bool, *, answer: int
+) -> Cells:
+    of_model = [cost.reward_model_seconds for cost in costs]
+    return [
+        spread([cost.seconds + cost.reward_model_seconds for cost in costs], 0),
+        spread(of_model, 0) if any(of_model) else "",
+        spread([cost.peak_memory_bytes / 1e6 for cost in costs], 0) if memory else "",
+        f"{len(models)}: {', '.join(models)}",
+        f"{costs[0].steps:,}",
+        f"{costs[0].responses:,}",
+        str(answer),
+        str(costs[0].keys),
+    ]
+
+
+def reward_model_table(models: Sequence[CellResult]) -> list[Cells]:
+    """The reward models of PPO and best-of-n."""
+    return [
+        ["seeds", "held-out loss", "accuracy", "seconds", "gradient steps", "settings"],
+        [
+            str(len(models)),
+            _last(model.loss for model in models),
+            _last(model.accuracy for model in models),
+            spread([model.cost.seconds for model in models], 0),
+            f"{models[0].cost.steps:,}",
+            str(models[0].cost.keys),
+        ],
+    ]
+
+
+def _last(along: Iterable[Sequence[float]]) -> str:
+    """Mean over seeds of what was measured last; empty where it does not apply."""
+    ends = [values[-1] for values in along]
+    return "" if any(math.isnan(value) for value in ends) else spread(ends, 3)
+
+
+def win_table(study: Study) -> list[Cells]:
+    """Win rates with their intervals, the responses that know nothing last."""
+    head = ["response", "temperature", "n", "win rate", "95% interval", "ties"]
+    return [
+        head,
+        *(
+            [
+                row.model,
+                _number(row.temperature),
+                str(row.n),
+                "" if row.win_rate is None else f"{row.win_rate:.1%}",
+                f"[{row.low:.1%}, {row.high:.1%}]",
+                str(row.ties),
+            ]
+            for row in study.evaluation.table
+        ),
+    ]
+
+
+def against_null_table(study: Study) -> list[Cells]:
+    """Every method at every temperature against the strongest response that knows nothing."""
+    return _test_table([test for test in study.evaluation.tests if test.family == "null"])
+
+
+def against_dpo_table(study: Study) -> list[Cells]:
+    """DPO at every setting of the grid against every other method."""
+    tests = [test for test in study.evaluation.tests if test.family == "models"]
+    return _test_table([t for t in tests if _is_dpo(t.model_a) != _is_dpo(t.model_b)])
+
+
+def _is_dpo(model: str) -> bool:
+    return model.startswith(DPO)
+
+
+def _test_table(tests: Sequence[PairedTest]) -> list[Cells]:
+    head = ["first", "second", "temperature", "first minus second", "95% interval", "McNemar p"]
+    return [
+        head,
+        *(
+            [
+                test.model_a,
+                test.model_b,
+                _number(test.temperature),
+                "" if test.difference is None else f"{test.difference:+.1%}",
+                f"[{test.low:+.1%}, {test.high:+.1%}]",
+                f"{test.mcnemar_p_holm:.3f}",
+            ]
+            for test in tests
+        ),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+# -- the page ------------------------------------------------------------------------------------
 
 
 def side_by_side(scored: Sequence[ScoredGeneration]) -> list[dict[str, str]]:
@@ -162,35 +339,59 @@ def side_by_side(scored: Sequence[ScoredGeneration]) -> list[dict[str, str]]:
     return [found[index] for index in sorted(found)]
 
 
-def page(study: Study, rows: Sequence[Sequence[str]], samples: Sequence[dict[str, str]]) -> str:
+def page(study: Study, samples: Sequence[dict[str, str]]) -> str:
     """The study as Markdown: tables, figures, samples. Texts of models are code, never markup."""
-    wins = [
-        [
-            row.model,
-            "" if row.temperature is None else f"{row.temperature:g}",
-            str(row.n),
-            "" if row.win_rate is None else f"{row.win_rate:.1%}",
-            f"[{row.low:.1%}, {row.high:.1%}]",
-            str(row.ties),
-        ]
-        for row in study.evaluation.table
-    ]
-    head = ("response", "temperature", "n", "win rate", "95% interval", "ties")
+    found = tables(study)
     parts = [
         f"# Study {study.folder.name}",
         "Held-out prompts only. Means over seeds with Student's 95% interval.",
-        _markdown(COLUMNS, rows),
+        markdown(found["facts"]),
+        markdown(found["methods"]),
+        METHODS_NOTE,
         "![Held-out DPO loss and KL](figures/training.png)",
         "## Win rates",
         "A win: the response is nearer to the chosen than to the rejected response by "
         "Sentence-BERT cosine. The last rows are responses that know nothing: a win rate says "
         "something only where its interval is above theirs.",
-        _markdown(head, wins),
+        markdown(found["win rates"]),
         "![Win rate against temperature](figures/win_rate.png)",
+        "Against the response that knows nothing and wins most, on the same prompts:",
+        markdown(found["against the strongest null"]),
+        "DPO against the others, on the same prompts:",
+        markdown(found["dpo against the others"]),
+        TESTS_NOTE,
+        "## Cost",
+        markdown(found["cost"]),
+        COST_NOTE,
+        *_reward_model(found),
         "## Samples",
         *(_sample(sample) for sample in samples),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+METHODS_NOTE = """\
+All start from the SFT model of their seed. A loss is each method's own (SFT's a token); PPO's is of
+another kind and left out. Reward accuracy: how often DPO's implicit reward prefers the chosen
+response; imitation, unlikelihood and PPO have no such reward. KL: nats a response at temperature 1,
+the exact divergence of next-token distributions along the policy's own samples; of best-of-n only a
+bound is known."""
+
+TESTS_NOTE = """\
+Differences of win rates, the prompt being the unit; p values of McNemar's exact test after Holm's
+correction for all tests of their kind."""
+
+COST_NOTE = """\
+Seconds in training, drawing of samples included and measuring left out, with the reward model's
+where a method needs one. Responses drawn: in training; the pairs are given. Responses an answer:
+in use. Settings: keys that the configurations name, apart from model, data, folder, seed and
+measuring. Memory is told where every run has a process of its own (`processes`)."""
+
+
+def _reward_model(found: Tables) -> list[str]:
+    if "reward model" not in found:
+        return []
+    return ["## The reward model", markdown(found["reward model"])]
 
 
 def _sample(sample: dict[str, str]) -> str:
@@ -204,14 +405,8 @@ def _sample(sample: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines
-    )
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _table(title: str, lines: Sequence[Cells]) -> Table:
+    head, *rows = lines
     table = Table(title=title)
     for number, name in enumerate(head):
         table.add_column(name, justify="left" if number == 0 else "right")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo.errors import StorageError
+from dpo.atomic import replace_file, storage_errors, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,7 +242,7 @@ def _shared(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
 def save_figure(
     figure: Figure, stem: Path | str, header: Sequence[str], rows: Sequence[Sequence[object]]
 ) -> list[Path]:
-    """Write stem.png, stem.svg and, with the numbers that were drawn, stem.csv.
+    """Write stem.png, stem.svg and, with the numbers that were drawn, stem.csv, each whole.
 
     Raises:
         StorageError: when a file cannot be written.
@@ -253,11 +253,11 @@ def save_figure(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    try:
+    with storage_errors(image.parent):
         image.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(image, dpi=DPI)
-        figure.savefig(drawing, metadata={"Date": None})
-        numbers.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise StorageError(f"{stem}: cannot be written: {error.strerror}.") from error
+    with replace_file(image) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+    with replace_file(drawing) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    write_text(numbers, text.getvalue(), errors="backslashreplace")
     return paths

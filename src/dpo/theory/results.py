@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from dpo.atomic import write_text
 from dpo.theory.registry import CheckResult
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -37,9 +37,7 @@ def write_results(results: Sequence[CheckResult], path: str | Path) -> None:
         "seconds": sum(result.seconds for result in results),
         "checks": {result.id: asdict(result) for result in results},
     }
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    write_text(target, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def render(results: Sequence[CheckResult]) -> Table:

@@ -27,6 +27,7 @@ class EncodedPair:
     rejected: TokenSequence
     source: str
     scores: tuple[float, float] | None = None
+    subset: str = ""
 
     @property
     def sequences(self) -> tuple[TokenSequence, ...]:
@@ -41,6 +42,7 @@ class EncodedRanking:
     ranks: tuple[int, ...]
     source: str
     scores: tuple[float, ...] | None = None
+    subset: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class EncodedJudgement:
     mismatched: TokenSequence
     desirable: bool
     source: str
+    subset: str = ""
 
     @property
     def sequences(self) -> tuple[TokenSequence, ...]:
@@ -76,7 +79,7 @@ def encode_pairs(
     encoded = [encoder.encode(row.prompt, [row.chosen, row.rejected]) for row in rows]
     report_cuts(encoded, what=what)
     pairs = [
-        EncodedPair(pair.sequences[0], pair.sequences[1], row.source, row.scores)
+        EncodedPair(pair.sequences[0], pair.sequences[1], row.source, row.scores, row.subset)
         for pair, row in zip(encoded, rows, strict=True)
         if pair.sequences[0] != pair.sequences[1]
     ]
@@ -100,7 +103,7 @@ def encode_rankings(
     encoded = [encoder.encode(row.prompt, row.responses) for row in rows]
     report_cuts(encoded, what=what)
     rankings = [
-        EncodedRanking(tokens.sequences, _ranks(row), row.source, row.scores)
+        EncodedRanking(tokens.sequences, _ranks(row), row.source, row.scores, row.subset)
         for tokens, row in zip(encoded, rows, strict=True)
     ]
     kept = [ranking for ranking in rankings if len(set(ranking.ranks)) > 1]
@@ -134,7 +137,9 @@ def encode_judgements(
     ]
     report_cuts(encoded, what=what)
     return [
-        EncodedJudgement(tokens.sequences[0], tokens.sequences[1], row.label, row.source)
+        EncodedJudgement(
+            tokens.sequences[0], tokens.sequences[1], row.label, row.source, row.subset
+        )
         for tokens, row in zip(encoded, rows, strict=True)
     ]
 

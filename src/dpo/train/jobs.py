@@ -15,6 +15,7 @@ from dpo.models.load import weights_digest
 from dpo.models.recompute import enable_recomputation
 from dpo.progress import counting
 from dpo.train.encoded import KINDS
+from dpo.train.held_out import HeldOutFile, write_displaced
 from dpo.train.loop import fit
 from dpo.train.objective import Objective, check_scores, make_objective
 from dpo.train.on_policy import OnPolicyEvaluation, evaluation_on_policy
@@ -110,8 +111,10 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
             return run.folder
         method = _preference_method(config, objective, data, policy, reference, encoder, reward)
         _warn_of_whole_batches(method, config)
+        method.keep_held_out = HeldOutFile(run).write
         save_train_prompts(run.folder, prompts_seen(config, data))
         fit(method, policy.model, config, run)
+        write_displaced(run.folder, encoder, method.test, method.kind.sequences(method.test))
         write_samples(policy, encoder, choose_held_out(data.test, config), config, run)
         run.update_manifest(status="finished")
     return run.folder

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from dpo.config import RunConfig
+from dpo.core.diagnostics import distinct_share, repeated_share
 from dpo.data.tokenize import Encoder
 from dpo.models.divergence import kl_of_samples, mean_over_prompts, sample_on_policy
 from dpo.models.generate import SampledResponse
@@ -38,8 +40,9 @@ class OnPolicyEvaluation:
     seed: int
 
     def __call__(self, policy: nn.Module) -> dict[str, float]:
-        """`eval/kl` (nats a response) and `eval/reward`, where there is a reference and a reward,
-        each with its standard error over prompts; `eval/truncated`, `eval/sample_tokens`.
+        """`eval/kl` (nats a response), `eval/entropy` (nats a token) and `eval/reward`, where there
+        is a reference and a reward, each with its standard error over prompts; and what the samples
+        are like (`_health`).
         """
         samples = sample_on_policy(
             policy,
@@ -50,10 +53,7 @@ class OnPolicyEvaluation:
             seed=self.seed,
             precision=self.precision,
         )
-        found = {
-            "eval/truncated": sum(s.truncated for s in samples) / len(samples),
-            "eval/sample_tokens": sum(len(s.drawn) for s in samples) / len(samples),
-        }
+        found = self._health(samples)
         if self.reference is not None:
             kl = kl_of_samples(
                 policy,
@@ -64,9 +64,31 @@ class OnPolicyEvaluation:
                 precision=self.precision,
             )
             found |= {"eval/kl": kl.mean, "eval/kl_stderr": kl.stderr}
+            found |= {"eval/entropy": kl.entropy, "eval/entropy_stderr": kl.entropy_stderr}
         if self.reward is not None:
             found |= self._rewards(samples)
         return found
+
+    def _health(self, samples: Sequence[SampledResponse]) -> dict[str, float]:
+        """Length, and the marks of a policy that has broken: cut, empty or repetitive responses.
+
+        Shares but for `eval/sample_tokens`, the mean length in tokens; of 4-grams of tokens for
+        `eval/repeated_4grams`, of 2-grams for `eval/distinct_2grams`.
+        """
+        many = len(samples)
+        tokens = np.array([float(len(s.drawn)) for s in samples])
+        repeated = np.array([repeated_share(s.ids) for s in samples])
+        _, tokens_stderr = mean_over_prompts(tokens, num_prompts=len(self.prompts))
+        mean_repeated, stderr = mean_over_prompts(repeated, num_prompts=len(self.prompts))
+        return {
+            "eval/truncated": sum(s.truncated for s in samples) / many,
+            "eval/empty": sum(not self.encoder.decode(s.ids).strip() for s in samples) / many,
+            "eval/sample_tokens": sum(len(s.drawn) for s in samples) / many,
+            "eval/sample_tokens_stderr": tokens_stderr,
+            "eval/repeated_4grams": mean_repeated,
+            "eval/repeated_4grams_stderr": stderr,
+            "eval/distinct_2grams": distinct_share([s.ids for s in samples], 2),
+        }
 
     def _rewards(self, samples: Sequence[SampledResponse]) -> dict[str, float]:
         assert self.reward is not None

@@ -20,6 +20,7 @@ from dpo.loss_config import LossConfig
 from dpo.models.distributions import OF_BOTH, OF_POLICY, OF_REFERENCE, along_responses
 from dpo.models.scoring import MAX_LOGIT_BYTES, response_logps
 from dpo.train.encoded import KINDS, EncodedJudgement, Kind, num_tokens
+from dpo.train.held_out import HeldOutPair, held_out_pairs, sequence_logps
 from dpo.train.loop import BatchResult, PlainMethod
 from dpo.train.objective import Objective, make_objective, reward_scale
 
@@ -50,6 +51,8 @@ class PreferenceMethod(PlainMethod):
     """Only where the loss asks more of the reference than `train_reference` holds."""
     vocab_size: int = 0
     moving: MovingReferenceConfig | None = None
+    keep_held_out: Callable[[Sequence[HeldOutPair]], None] | None = None
+    """Called at every evaluation with what the held-out pairs were given."""
     objective: Objective = field(init=False)
     kind: Kind = field(init=False)
 
@@ -89,15 +92,24 @@ class PreferenceMethod(PlainMethod):
         if self.objective.whole_batch:
             passes = [list(range(len(self.test)))]
         sums: dict[str, float] = {}
+        logps: dict[str, dict[int, float]] = {"policy": {}, "reference": {}}
         for rows in passes:
             tensors = self._tensors(policy, self.test, rows, self.test_reference)
+            for model, known in logps.items():
+                if (own := sequence_logps(tensors, model)) is not None:
+                    known |= zip(self.kind.places(self.test, rows), own.tolist(), strict=True)
             values = {"loss": self.objective(tensors)}
             values |= self.kind.metrics(tensors, reward_scale(self.objective))
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value.sum().item()
         found = {f"eval/{name}": value / len(self.test) for name, value in sums.items()}
-        if self.on_policy is not None and math.isfinite(found["eval/loss"]):
-            found |= self.on_policy(policy)  # NaN cannot be sampled from
+        if not math.isfinite(found["eval/loss"]):  # NaN cannot be sampled from
+            return found
+        if self.keep_held_out is not None:
+            pairs = held_out_pairs(self.test, self.kind.sequences(self.test), **logps)
+            self.keep_held_out(pairs)
+        if self.on_policy is not None:
+            found |= self.on_policy(policy)
         return found
 
     def _tensors(

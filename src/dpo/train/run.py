@@ -4,7 +4,6 @@ time.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from dpo.atomic import (
     clean_up,
     jsonable,
+    lock_folder,
     replace_file,
     storage_errors,
     write_json,
@@ -140,7 +140,7 @@ def open_run(folder: Path, identity: Mapping[str, Any]) -> Run:
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = lock_folder(folder)
     try:
         _claim(folder, identity)
         with storage_errors(folder):
@@ -204,17 +204,6 @@ def _note_changes(run: Run) -> None:
         )
         known = manifest.get("changes", [])
         run.update_manifest(changes=list(dict.fromkeys([*known, *differences])))
-
-
-def _lock(folder: Path) -> TextIOWrapper:
-    """Hold the run directory for this process."""
-    stream = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        stream.close()
-        raise InputError(f"out: another process is working in {folder}.") from error
-    return stream
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from dpo import atomic
 from dpo.config import ModelConfig, RunConfig
+from dpo.data.audit import audit
 from dpo.data.prompts import PromptTemplate, as_text, load_template
 from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, UnpairedRow
 from dpo.data.split import prompt_digest
@@ -44,6 +45,9 @@ from dpo.train.prepare import (
 )
 from dpo.train.run import TRAIN_PROMPTS, Run, load_train_prompts, open_run
 from dpo.train.stopping import stop_here
+
+DATA_AUDIT = "data.json"
+"""In a run's folder: what its rows hold, by `data.audit`."""
 
 log = logging.getLogger("dpo")
 
@@ -160,6 +164,7 @@ def opened_run(
         log.info("%s is finished; nothing to do.", run.folder)
     try:
         with stop_here():
+            _leave_audit(run, data)
             yield run
     except InputError:
         _withdraw(run)
@@ -168,12 +173,20 @@ def opened_run(
         run.close()
 
 
+def _leave_audit(run: Run, data: SplitData[Any]) -> None:
+    """Count what the rows hold, once, for whoever looks at the run."""
+    file = run.folder / DATA_AUDIT
+    if not run.finished and not file.exists():
+        counts = asdict(audit(data.train, test_rows=data.test))
+        atomic.write_json(file, {"num_test_rows": len(data.test), **counts})
+
+
 def _withdraw(run: Run) -> None:
     """Where a mistake of the user is found before the first step, the folder is free for the mended
     command.
     """
     if not run.metrics_file.exists() and not run.checkpoints.exists():
-        for name in ("config.json", "manifest.json", TRAIN_PROMPTS):
+        for name in ("config.json", "manifest.json", TRAIN_PROMPTS, DATA_AUDIT):
             (run.folder / name).unlink(missing_ok=True)
 
 

@@ -1,0 +1,51 @@
+"""Tables as lines of text: what pages print as Markdown, and the report as it likes.
+
+The first line of a table is its head. Numbers are means over seeds with Student's interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from dpo.atomic import write_json
+from dpo.core.stats import mean_interval
+
+Cells = list[str]
+"""A line of a table."""
+
+Tables = dict[str, list[Cells]]
+"""A study's tables by name."""
+
+
+def spread(values: Iterable[float | None], digits: int = 2, *, signed: bool = False) -> str:
+    """Mean and Student's interval; the number alone of one seed; empty where it does not apply.
+
+    >>> spread([1.0, 2.0, 3.0])
+    '2.00 [-0.48, 4.48]'
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    sign = "+" if signed else ""
+    centre = f"{sum(known) / len(known):{sign}.{digits}f}"
+    if len(known) < 2:
+        return centre
+    low, high = mean_interval(known)
+    return f"{centre} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A table whose first line is its head."""
+    head, *rows = table
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def save_tables(folder: Path, tables: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """tables.json in a study's folder: the tables of its page, for the report to print.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_json(folder / "tables.json", dict(tables))
