@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo.errors import InputError
-from dpo.models.load import tokenizer_digest, weights_digest
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -63,6 +62,8 @@ class SentenceScorer:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what makes vectors of texts: weights, tokenizer, modules, length, prompt."""
+        from dpo.models.load import tokenizer_digest, weights_digest  # torch takes seconds
+
         model = self._model
         settings = [repr(model), model.max_seq_length, model.default_prompt_name, model.prompts]
         parts = [weights_digest(model), tokenizer_digest(model.tokenizer), *settings]
