@@ -18,7 +18,8 @@ import pytest
 from dpo.evaluate.jobs import Evaluation
 from dpo.evaluate.records import Generation
 from dpo.evaluate.winrate import score_generations, win_rate_table
-from dpo.report.study import Study, page, side_by_side
+from dpo.report.study import page, side_by_side
+from dpo.report.study_results import Study
 from train.small_runs import (
     CANARY,
     dpo,

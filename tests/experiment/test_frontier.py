@@ -40,7 +40,8 @@ from dpo.experiment.frontier_config import (
 from dpo.experiment.frontier_results import named_keys, responses_drawn
 from dpo.experiment.methods import METHOD_KINDS
 from dpo.report.exact_study import BEST_OF_TRUE, DPO, MAX_KL, PPO_RM, PPO_TRUE
-from dpo.report.frontier_page import answers, page
+from dpo.report.frontier_claims import answers
+from dpo.report.frontier_page import page
 from dpo.report.frontier_study import (
     Cost,
     FrontierStudy,

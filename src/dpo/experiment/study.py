@@ -45,7 +45,8 @@ from dpo.online_config import PPOConfig
 from dpo.progress import counting
 from dpo.report.exact_study import BEST_OF_RM, DPO, PPO_RM
 from dpo.report.frontier_study import Cost
-from dpo.report.study import BestOf, CellResult, Study, write_study
+from dpo.report.study import write_study
+from dpo.report.study_results import BestOf, CellResult, Study
 from dpo.train.jobs import train_preference, train_sft
 from dpo.train.ppo import train_ppo
 from dpo.train.prepare import SplitData, load_preferences

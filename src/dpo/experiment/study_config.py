@@ -26,7 +26,7 @@ from dpo.errors import InputError
 from dpo.experiment.methods import METHOD_KINDS, REWARD_MODEL, Dotted, dotted, refuse_own
 from dpo.online_config import PPOConfig
 from dpo.report.exact_study import BEST_OF_RM, DPO
-from dpo.report.study import SFT
+from dpo.report.study_results import SFT
 from dpo.sections import Count, Folder, Section, Seed
 
 BASE = "base"

@@ -1,4 +1,4 @@
-"""The page of a study of frontiers: tables with intervals, and what they say of the claims."""
+"""The page of a study of frontiers: tables with intervals, and what they do not show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from rich.text import Text
 from dpo.atomic import write_text
 from dpo.core.frontier import reward_at_kl
 from dpo.core.stats import mean_interval
-from dpo.report.exact_claims import verdict
 from dpo.report.exact_study import (
     BEST_OF_TRUE,
     DPO,
@@ -30,6 +29,7 @@ from dpo.report.exact_study import (
     UNLIKELIHOOD,
     mean,
 )
+from dpo.report.frontier_claims import answers, at_kl, claims_table, minus, nats
 from dpo.report.frontier_figures import cost_figure, frontier_figure, shift_figure
 from dpo.report.frontier_study import (
     SMALLEST_KL,
@@ -53,10 +53,6 @@ from dpo.report.tables import Cells, Tables, markdown, save_tables, spread
 
 ON_SCREEN = 5
 """Columns that fit into a terminal."""
-
-
-def _nats(kl: float) -> str:
-    return "1 nat" if kl == 1 else f"{kl:g} nats"
 
 
 def write_frontier_study(study: FrontierStudy) -> None:
@@ -221,7 +217,7 @@ def _budgets(study: FrontierStudy) -> str:
 def _curve_errors(study: FrontierStudy) -> str:
     errors = [mean([s.curve_stderr[i] for s in study.seeds]) for i in range(len(FIXED_KLS))]
     return ", ".join(
-        f"{error:.3f} at {_nats(kl)}" for kl, error in zip(FIXED_KLS, errors, strict=True)
+        f"{error:.3f} at {nats(kl)}" for kl, error in zip(FIXED_KLS, errors, strict=True)
     )
 
 
@@ -307,7 +303,7 @@ def frontier_table(study: FrontierStudy) -> list[Cells]:
         [
             "method",
             "area, share of the optimum's",
-            *(f"reward at {_nats(kl)}" for kl in FIXED_KLS),
+            *(f"reward at {nats(kl)}" for kl in FIXED_KLS),
             "highest reward",
             "furthest KL",
         ],
@@ -346,7 +342,7 @@ def difference_table(study: FrontierStudy) -> list[Cells]:
         [
             "first minus second",
             "area share",
-            *(f"reward at {_nats(kl)}" for kl in FIXED_KLS),
+            *(f"reward at {nats(kl)}" for kl in FIXED_KLS),
             "highest reward",
         ]
     ]
@@ -354,27 +350,12 @@ def difference_table(study: FrontierStudy) -> list[Cells]:
         if first in known and second in known:
             measures: list[Callable[[FrontierStudy, str], BySeed]] = [
                 area_shares,
-                *(_at(kl) for kl in FIXED_KLS),
+                *(at_kl(kl) for kl in FIXED_KLS),
                 highest_rewards,
             ]
-            cells = [spread(_minus(study, m, first, second), 3, signed=True) for m in measures]
+            cells = [spread(minus(study, m, first, second), 3, signed=True) for m in measures]
             lines.append([f"{first} - {second}", *cells])
     return lines
-
-
-def _at(kl: float) -> Callable[[FrontierStudy, str], BySeed]:
-    return lambda study, method: rewards_at(study, method, kl)
-
-
-def _minus(
-    study: FrontierStudy,
-    measure: Callable[[FrontierStudy, str], BySeed],
-    first: str,
-    second: str,
-) -> list[float]:
-    """Differences on the seeds that both have."""
-    own, other = measure(study, first), measure(study, second)
-    return [value - other[seed] for seed, value in own.items() if seed in other]
 
 
 def final_table(study: FrontierStudy) -> list[Cells]:
@@ -522,148 +503,6 @@ def cost_table(study: FrontierStudy) -> list[Cells]:
                 ]
             )
     return lines
-
-
-# -- the claims ----------------------------------------------------------------------------------
-
-RIVALS = (PPO_RM, PPO_TRUE)
-
-
-def claims_table(study: FrontierStudy) -> list[Cells]:
-    """Each claim as a number with an interval, and what the interval says."""
-    lines = [["claim", "measured as", *(f"against {rival}" for rival in RIVALS)]]
-    known = study.methods()
-    rivals = [rival for rival in RIVALS if rival in known and DPO in known]
-    if len(rivals) < len(RIVALS):
-        return lines
-    lines.append(["simpler", "models in memory; keys", *(_simpler(study, r) for r in rivals)])
-    for claim, measured_as, difference in CLAIMS:
-        ratio = "ratio" in measured_as
-        found = [verdict(difference(study, rival), ratio=ratio) for rival in rivals]
-        lines.append([claim, measured_as, *found])
-    return lines
-
-
-def _simpler(study: FrontierStudy, rival: str) -> str:
-    own, theirs = (len(study.models[m]) for m in (DPO, rival))
-    own_keys, their_keys = (
-        mean([run.cost.keys for run in study.runs(m) if run.cost is not None]) for m in (DPO, rival)
-    )
-    said = "**holds**" if own < theirs and own_keys < their_keys else "**does not hold**"
-    return f"{own} against {theirs}; {own_keys:.0f} against {their_keys:.0f}: {said}"
-
-
-def _faster(study: FrontierStudy, rival: str) -> list[float]:
-    return _minus(study, lambda s, m: _logarithms(seconds(s, m)), rival, DPO)
-
-
-def _logarithms(values: BySeed) -> BySeed:
-    return {seed: math.log(value) for seed, value in values.items()}
-
-
-def _keeps(study: FrontierStudy, rival: str) -> list[float]:
-    return _minus(study, drops, rival, DPO)
-
-
-def _scatters(study: FrontierStudy, rival: str) -> list[float]:
-    return _minus(study, scatter, rival, DPO)
-
-
-def scatter(study: FrontierStudy, method: str) -> BySeed:
-    """Absolute distance of a seed's reward at the end from the mean over seeds, averaged over
-    strengths.
-    """
-    found: dict[int, list[float]] = {}
-    for group in by_strength(study.runs(method)):
-        centre = mean([run.last.reward for run in group])
-        for run in group:
-            found.setdefault(run.seed, []).append(abs(run.last.reward - centre))
-    return {seed: mean(values) for seed, values in found.items()}
-
-
-def _worst(study: FrontierStudy, rival: str) -> list[float]:
-    return _minus(study, lowest_rewards, DPO, rival)
-
-
-def _better(
-    measure: Callable[[FrontierStudy, str], BySeed],
-) -> Callable[[FrontierStudy, str], list[float]]:
-    return lambda study, rival: _minus(study, measure, DPO, rival)
-
-
-CLAIMS: tuple[tuple[str, str, Callable[[FrontierStudy, str], list[float]]], ...] = (
-    ("faster", "seconds of all training, PPO's ratio to DPO's", _faster),
-    ("more stable", "scatter of the reward over seeds, PPO's less DPO's", _scatters),
-    ("more stable", "drop from the best evaluation, PPO's less DPO's", _keeps),
-    ("more stable", "reward at the worst strength, DPO's less PPO's", _worst),
-    ("a better frontier", "area share, DPO's less PPO's", _better(area_shares)),
-    *(
-        ("a better frontier", f"reward at {_nats(kl)}, DPO's less PPO's", _better(_at(kl)))
-        for kl in FIXED_KLS
-    ),
-    ("a better frontier", "highest reward, DPO's less PPO's", _better(highest_rewards)),
-)
-
-
-def answers(study: FrontierStudy) -> list[str]:
-    """The claims as sentences, made of the numbers of the table."""
-    known = study.methods()
-    if len(study.seeds) < 2 or not {DPO, *RIVALS} <= {*known}:
-        return ["One seed, or a method is missing: nothing can be said of the claims."]
-    said = [f"- **Simpler**, models in memory and keys: {_simpler(study, PPO_RM)} ({PPO_RM})."]
-    for rival in RIVALS:
-        faster = _faster(study, rival)
-        times = math.exp(abs(mean(faster)))
-        area = _minus(study, area_shares, DPO, rival)
-        speed = _answer(faster, "faster", "slower", "neither clearly faster nor slower")
-        scatter_said = _answer(
-            _scatters(study, rival),
-            "scatters less over seeds",
-            "scatters more over seeds",
-            "scatters neither clearly more nor less over seeds",
-        )
-        worst = _answer(
-            _worst(study, rival),
-            "its worst strength ends better",
-            "its worst strength ends worse",
-            "its worst strength ends neither clearly better nor worse",
-        )
-        reaches = _answer(
-            area,
-            "its frontier is better",
-            "its frontier is worse",
-            "its frontier is neither clearly better nor worse",
-        )
-        said.append(
-            f"- **Against {rival}**, DPO is {speed} ({times:.1f} times), {scatter_said}, {worst}, "
-            f"and {reaches} ({spread(area, 3, signed=True)} of the area under the optimum's)."
-        )
-    share = {m: mean([*area_shares(study, m).values()]) for m in known}
-    order = ", ".join(f"{m} {share[m]:.2f}" for m in sorted(known, key=lambda m: -share[m]))
-    return [
-        "\n".join(said),
-        f"Area under the frontier, as a share of the optimum's: {order}.",
-        _what_the_model_costs(study),
-    ]
-
-
-def _what_the_model_costs(study: FrontierStudy) -> str:
-    """The reward model's fit, and what the true reward in its place adds to PPO."""
-    fits = [seed.reward_model for seed in study.seeds]
-    accuracy, labels = mean([f.accuracy for f in fits]), mean([f.label_accuracy for f in fits])
-    lost = _minus(study, area_shares, PPO_TRUE, PPO_RM)
-    return (
-        f"The reward model agrees with {accuracy:.0%} of the held-out labels, the true reward "
-        f"itself with {labels:.0%}; within questions it correlates "
-        f"{mean([f.correlation for f in fits]):.2f} with the true reward. With the true reward in "
-        f"its place PPO's area changes by {spread(lost, 3, signed=True)}."
-    )
-
-
-def _answer(values: Sequence[float], yes: str, no: str, unknown: str) -> str:
-    """What the interval of a difference says; above 0 is yes."""
-    low, high = mean_interval(values)
-    return yes if low > 0 else no if high < 0 else unknown
 
 
 def diverged_runs(study: FrontierStudy) -> list[str]:

@@ -209,6 +209,12 @@ def area_shares(study: FrontierStudy, method: str) -> BySeed:
     }
 
 
+def mean_gains(study: FrontierStudy, method: str) -> BySeed:
+    """Reward of a method's frontier above the SFT model's, the mean over KL up to `MAX_KL`."""
+    own = [seed for seed in study.seeds if points(seed, method)]
+    return {seed.seed: area_under(hull(seed, method), MAX_KL) / MAX_KL for seed in own}
+
+
 def highest_rewards(study: FrontierStudy, method: str) -> BySeed:
     """The most reward that any of a method's policies has."""
     own = [seed for seed in study.seeds if points(seed, method)]

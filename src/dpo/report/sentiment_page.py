@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo.atomic import write_text
-from dpo.core.frontier import area_under, reward_at_kl
+from dpo.core.frontier import reward_at_kl
 from dpo.core.stats import mean_interval, wilson_interval
 from dpo.report.exact_study import DPO, FIXED_KLS, MAX_KL, ONLINE_DPO, PPO_RM, PPO_TRUE, mean
+from dpo.report.frontier_claims import claims_table, nats
 from dpo.report.frontier_page import (
     STRENGTHS,
     best_of_table,
@@ -31,7 +32,7 @@ from dpo.report.frontier_study import (
     by_strength,
     efficiencies,
     highest_rewards,
-    hull,
+    mean_gains,
     points,
     rewards_at,
 )
@@ -106,6 +107,7 @@ def tables(study: FrontierStudy, facts: SentimentFacts) -> Tables:
         ],
         "frontier": plane_table(study),
         **({"differences": differences_table(study)} if DPO in study.methods() else {}),
+        **({"claims": claims_table(study)} if len(study.seeds) > 1 else {}),
         "final": final_table(study),
         "best of n": best_of_table(study),
         "reward model": reward_model_table(study, unit="prefixes", pairs="pairs"),
@@ -252,7 +254,7 @@ def plane_table(study: FrontierStudy) -> list[Cells]:
     lines = [
         [
             "method",
-            *(f"reward at {_nats(kl)}" for kl in FIXED_KLS),
+            *(f"reward at {nats(kl)}" for kl in FIXED_KLS),
             f"mean gain up to {MAX_KL:g} nats",
             "highest reward",
             "furthest KL",
@@ -266,16 +268,12 @@ def plane_table(study: FrontierStudy) -> list[Cells]:
             [
                 method,
                 *(spread(rewards_at(study, method, kl).values()) for kl in FIXED_KLS),
-                spread([area_under(hull(seed, method), MAX_KL) / MAX_KL for seed in own]),
+                spread(mean_gains(study, method).values()),
                 spread(highest_rewards(study, method).values()),
                 f"{mean([max(p.kl for p in points(seed, method)) for seed in own]):.1f}",
             ]
         )
     return lines
-
-
-def _nats(kl: float) -> str:
-    return f"{kl:g} nat{'' if kl == 1 else 's'}"
 
 
 def _plane_note(study: FrontierStudy) -> str:
@@ -293,7 +291,7 @@ def _plane_note(study: FrontierStudy) -> str:
 
 def differences_table(study: FrontierStudy) -> list[Cells]:
     """DPO's frontier against the others'."""
-    lines = [["DPO minus", *(f"reward at {_nats(kl)}" for kl in FIXED_KLS)]]
+    lines = [["DPO minus", *(f"reward at {nats(kl)}" for kl in FIXED_KLS)]]
     for other in study.methods():
         if other != DPO:
             cells = [_difference(study, other, kl) for kl in FIXED_KLS]
@@ -312,7 +310,8 @@ def _differences(study: FrontierStudy, found: Tables) -> list[str]:
         "two policies as if they had nothing in common, though all are measured on the same "
         "prefixes and random numbers."
     )
-    return [how, markdown(found["differences"]), *_claim(study)]
+    claims = [markdown(found["claims"])] if "claims" in found else []
+    return [how, markdown(found["differences"]), *_claim(study), *claims]
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +351,7 @@ def _claim(study: FrontierStudy) -> list[str]:
         return []
     said = []
     for rival in rivals:
-        verdicts = [f"{_difference(study, rival, kl).verdict} at {_nats(kl)}" for kl in FIXED_KLS]
+        verdicts = [f"{_difference(study, rival, kl).verdict} at {nats(kl)}" for kl in FIXED_KLS]
         said.append(f"- DPO against {rival}: {', '.join(verdicts)}.")
     return [
         "The paper finds DPO's reward the highest at every KL, above that of PPO with the true "

@@ -7,9 +7,6 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +14,6 @@ from rich.text import Text
 
 from dpo.atomic import write_text
 from dpo.data.audit import visible
-from dpo.evaluate.jobs import Evaluation
 from dpo.evaluate.paired import PairedTest
 from dpo.evaluate.records import ScoredGeneration
 from dpo.evaluate.tables import render_win_rates
@@ -25,71 +21,11 @@ from dpo.report.exact_study import DPO
 from dpo.report.figures import TrainingCurve, training_curves_figure, win_rate_figure
 from dpo.report.frontier_study import Cost
 from dpo.report.runs import tests_table
+from dpo.report.study_claims import claims_table
+from dpo.report.study_results import SFT, CellResult, Study
 from dpo.report.tables import Cells, Tables, markdown, save_tables, spread
 
 NUM_SAMPLES = 8
-SFT = "SFT"
-
-
-@dataclass(frozen=True, slots=True)
-class CellResult:
-    """One run of a study: its held-out metrics over the epochs (nan where they do not apply), and
-    what it took.
-    """
-
-    label: str
-    seed: int
-    folder: str
-    epochs: list[float]
-    loss: list[float]
-    accuracy: list[float]
-    """How often the reward, DPO's implicit one or a reward model's, prefers the chosen response."""
-    chosen_change: list[float]
-    kl: list[float]
-    """To the SFT model of the seed, in nats a response, on the policy's own samples."""
-    kl_stderr: list[float]
-    models: list[str]
-    """In memory while it is trained."""
-    cost: Cost
-    """Together with its reward model's, where it needs one."""
-
-
-@dataclass(frozen=True, slots=True)
-class BestOf:
-    """Best-of-n, which trains nothing but a reward model."""
-
-    label: str
-    n: int
-    kl_bound: float
-    """`log n - (n - 1)/n`: the most that its KL to the SFT model can be, in nats."""
-    models: list[str]
-    """In memory while it answers."""
-    costs: list[Cost]
-    """Of each seed: the reward model's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Study:
-    """A finished study."""
-
-    folder: Path
-    results: list[CellResult]
-    """Of the runs that leave a policy."""
-    evaluation: Evaluation
-    reward_models: list[CellResult] = field(default_factory=list)
-    best_of: BestOf | None = None
-    judged: dict[str, Any] = field(default_factory=dict)
-    """The evaluation's own record: how it was made, win rates and paired tests."""
-    memory_is_known: bool = False
-    """Whether every run had a process of its own."""
-
-    def labels(self) -> list[str]:
-        """The trained methods, in order."""
-        return list(dict.fromkeys(result.label for result in self.results))
-
-    def of(self, label: str) -> list[CellResult]:
-        """The runs of a method, one a seed."""
-        return [result for result in self.results if result.label == label]
 
 
 def write_study(study: Study) -> None:
@@ -141,6 +77,7 @@ def tables(study: Study) -> Tables:
     found = {
         "facts": facts_table(study),
         "methods": method_table(study),
+        "claims": claims_table(study),
         "cost": cost_table(study),
         "win rates": win_table(study),
         "against the strongest null": against_null_table(study),
@@ -360,6 +297,7 @@ def page(study: Study, samples: Sequence[dict[str, str]]) -> str:
         "DPO against the others, on the same prompts:",
         markdown(found["dpo against the others"]),
         TESTS_NOTE,
+        *_claims(found),
         "## Cost",
         markdown(found["cost"]),
         COST_NOTE,
@@ -381,11 +319,22 @@ TESTS_NOTE = """\
 Differences of win rates, the prompt being the unit; p values of McNemar's exact test after Holm's
 correction for all tests of their kind."""
 
+CLAIMS_NOTE = """\
+DPO against reward model and PPO together. A difference of win rates is called one when its interval
+leaves out 0 and McNemar's p value is below 0.05 after Holm's correction for all comparisons of
+methods. Strengths of two methods cannot be paired: every one of DPO's is compared."""
+
 COST_NOTE = """\
 Seconds in training, drawing of samples included and measuring left out, with the reward model's
 where a method needs one. Responses drawn: in training; the pairs are given. Responses an answer:
 in use. Settings: keys that the configurations name, apart from model, data, folder, seed and
 measuring. Memory is told where every run has a process of its own (`processes`)."""
+
+
+def _claims(found: Tables) -> list[str]:
+    if len(found["claims"]) == 1:
+        return []
+    return ["## Simpler, faster, better?", markdown(found["claims"]), CLAIMS_NOTE]
 
 
 def _reward_model(found: Tables) -> list[str]:
