@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types report bench chaos clean help
+.PHONY: demo test lint types report report-experiments bench chaos clean help
 
 help:            ## This list
-	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*##/\t/'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ types: $(STAMP)  ## Types, strictly
 report: $(STAMP) ## Check every statement of the theory, then build report/report.pdf
 	$(BIN)/dpo theory --json report/results/theory.json
 	$(BIN)/python report/build.py
+
+report-experiments: $(STAMP) ## Run and record the report's studies, an hour on 2 cores: DATA=folder of real rows [QUICK=--quick]
+	$(BIN)/python studies/record.py --report $(if $(DATA),--data $(DATA)) $(QUICK)
 
 bench: $(STAMP)  ## Our steps and sampler beside TRL's and transformers': DATA=folder for real text
 	$(BIN)/python benchmarks/compare.py all $(if $(DATA),--data-folder $(DATA))

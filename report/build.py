@@ -12,16 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typst
-import yaml
 
+from dpo.config import Section, read_config
 from dpo.errors import DPOError, InputError
+from dpo.experiment.exact_config import ExactStudyConfig
+from dpo.experiment.frontier_config import FrontierConfig
+from dpo.experiment.sentiment_config import SentimentConfig
+from dpo.experiment.study_config import StudyConfig
 from dpo.theory import checks, source_hash
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "theory.json"
+STUDIES_FOLDER = HERE.parent / "studies"
 REMEDY = "run: dpo theory --json report/results/theory.json"
 
 
@@ -44,26 +51,47 @@ def require_results() -> None:
         raise InputError(f"these statements failed their checks: {', '.join(failed)}")
 
 
-STUDIES = {"exact": ("out", "seeds", "processes")}
-"""Studies that the report prints, with the settings that decide no number of a seed."""
+STUDIES: dict[str, type[Section]] = {
+    "exact": ExactStudyConfig,
+    "frontier": FrontierConfig,
+    "sentiment-small": SentimentConfig,
+    "instruction-small": StudyConfig,
+    "hh-small": StudyConfig,
+}
+"""Studies that the report prints, each with the schema of its file."""
+
+FREE = ("out", "processes", "data.path")
+"""Settings that decide no number. More seeds than the file's may have been recorded, too."""
 
 
 def require_studies() -> None:
     """Refuse to print a study that was recorded with other settings than its file has."""
-    for name, free in STUDIES.items():
-        remedy = f"run: python studies/record.py {name}"
-        folder = HERE.parent / "studies" / "results" / name
+    for name, schema in STUDIES.items():
+        remedy = f"run: python studies/record.py {name} (make report-experiments records them all)"
+        folder = STUDIES_FOLDER / "results" / name
         for file in ("study.json", "tables.json"):
             if not (folder / file).exists():
                 raise InputError(f"studies/results/{name}/{file} is missing; {remedy}")
-        recorded = json.loads((folder / "study.json").read_text(encoding="utf-8"))["config"]
-        text = (HERE.parent / "studies" / f"{name}.yaml").read_text(encoding="utf-8")
-        for key, value in yaml.safe_load(text).items():
-            if key not in free and recorded.get(key) != value:
+        text = (folder / "study.json").read_text(encoding="utf-8")
+        recorded = dict(leaves(json.loads(text)["config"]))
+        config = read_config(schema, STUDIES_FOLDER / f"{name}.yaml").model_dump(mode="json")
+        for key, value in leaves(config):
+            found = recorded.get(key)
+            same = set(value) <= set(found or ()) if key == "seeds" else found == value
+            if not same and key not in FREE:
                 raise InputError(
-                    f"studies/results/{name}: recorded with {key}={recorded.get(key)}, but "
+                    f"studies/results/{name}: recorded with {key}={found}, but "
                     f"studies/{name}.yaml has {value}; {remedy}"
                 )
+
+
+def leaves(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{above}{key}.")
+        else:
+            yield above + key, value
 
 
 def build(png: Path | None = None) -> Path:

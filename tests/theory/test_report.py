@@ -52,20 +52,31 @@ def test_a_study_recorded_with_other_settings_or_missing_is_refused(
     build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build.require_studies()
-    for folder in ("studies/results/exact", "report"):
-        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "results" / "exact").mkdir(parents=True)
     studies = REPORT.parent / "studies"
-    shutil.copy(studies / "exact.yaml", tmp_path / "studies" / "exact.yaml")
-    monkeypatch.setattr(build, "HERE", tmp_path / "report")
+    shutil.copy(studies / "exact.yaml", tmp_path / "exact.yaml")
+    monkeypatch.setattr(build, "STUDIES_FOLDER", tmp_path)
+    monkeypatch.setattr(build, "STUDIES", {"exact": build.STUDIES["exact"]})
     with pytest.raises(InputError, match=r"exact/study\.json is missing; run: python studies/rec"):
         build.require_studies()
     for file in ("study.json", "tables.json"):
-        shutil.copy(studies / "results/exact" / file, tmp_path / "studies/results/exact" / file)
+        shutil.copy(studies / "results/exact" / file, tmp_path / "results/exact" / file)
     build.require_studies()
-    recorded = tmp_path / "studies/results/exact/study.json"
-    recorded.write_text(recorded.read_text().replace('"pairs": 20000', '"pairs": 20001'))
+    recorded = tmp_path / "results/exact/study.json"
+    whole = recorded.read_text()
+    recorded.write_text(whole.replace('"pairs": 20000', '"pairs": 20001'))
     with pytest.raises(InputError, match="recorded with pairs=20001"):
         build.require_studies()
+    study = json.loads(whole)
+    study["config"]["seeds"] = study["config"]["seeds"][1:]
+    recorded.write_text(json.dumps(study))
+    with pytest.raises(InputError, match="recorded with seeds="):
+        build.require_studies()
+
+
+def test_settings_are_compared_by_their_dotted_keys(build: ModuleType) -> None:
+    nested = {"a": {"b": 1, "c.d": 2}, "e": [3]}
+    assert dict(build.leaves(nested)) == {"a.b": 1, "a.c.d": 2, "e": [3]}
 
 
 def test_every_check_stands_beside_a_statement_and_every_note_has_a_check() -> None:
