@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpo.config import read_config
+from dpo.data.files import page_text
 from dpo.errors import InputError
 from dpo.evaluate.arena.judgements import Judgement, JudgementFile
 from dpo.experiment.exact_config import ExactStudyConfig
@@ -37,7 +38,7 @@ from dpo.report.page.render import render
 from dpo.report.page.reproduce import SCHEMAS, command_line, settings_of, settings_of_evaluation
 from dpo.report.page.samples import MAX_TEXT, Response, Sample, Samples, of_evaluation, of_run
 from dpo.report.page.verdict import evaluation_verdict, run_verdict, study_verdict
-from dpo.report.page.words import decimal, shown
+from dpo.report.page.words import decimal
 from dpo.train.run import read_manifest
 from train.small_runs import dpo, dpo_config, dpo_run, evaluation, sft_run, words_of
 
@@ -292,7 +293,7 @@ def test_samples_in_the_page_are_data_whatever_they_say():
     assert text.isascii()
     assert not set("<>&") & set(text)
     [sample] = json.loads(text)
-    assert sample["prompt"] == shown(NASTY)
+    assert sample["prompt"] == page_text(NASTY)
     assert "</script><script>alert(1)</script>" in sample["responses"][0]["text"]
 
 
@@ -315,10 +316,6 @@ def test_only_the_pages_own_script_may_run_and_nothing_is_loaded():
     assert rules["default-src"] == "'none'"
     assert rules["script-src"] == f"'sha256-{digest}'"
     assert rules["img-src"] == "data:"
-
-
-def test_line_ends_and_tabs_stay_and_other_controls_are_written_out():
-    assert shown("a\r\nb\tc\x07") == "a\nb\tc\\x07"
 
 
 @pytest.mark.parametrize(
