@@ -171,12 +171,12 @@ def online(settings: Settings = None, trust_remote_code: TrustRemoteCode = False
     from dpo.online_config import OnlineConfig
 
     config = _read(OnlineConfig, settings)
-    from dpo.report.runs import finish_run
+    from dpo.report.diagnostics_figures import finish_preference_run
     from dpo.train.online import train_online
 
     _quiet_transformers()
     folder = train_online(config, trust_remote_code=trust_remote_code)
-    finish_run(folder)
+    finish_preference_run(folder)
     _leave_page(folder)
 
 
@@ -190,12 +190,12 @@ def ppo(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -
     from dpo.online_config import PPOConfig
 
     config = _read(PPOConfig, settings)
-    from dpo.report.runs import finish_run
+    from dpo.report.diagnostics_figures import finish_preference_run
     from dpo.train.ppo import train_ppo
 
     _quiet_transformers()
     folder = train_ppo(config, trust_remote_code=trust_remote_code)
-    finish_run(folder)
+    finish_preference_run(folder)
     _leave_page(folder)
 
 

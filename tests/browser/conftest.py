@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -16,7 +17,7 @@ def chromium():
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
     )
-    path = next(filter(None, map(shutil.which, NAMES)), None)
+    path = next(filter(_works, filter(None, map(shutil.which, NAMES))), None)
     if path is None:
         pytest.skip("no Chromium is installed (on Debian: apt-get install chromium)")
     root = os.geteuid() == 0  # Chromium's sandbox refuses to run as root
@@ -26,3 +27,8 @@ def chromium():
         )
         yield browser
         browser.close()
+
+
+def _works(path: str) -> bool:
+    """Some systems have the command and, instead of the browser, a hint how to install it."""
+    return subprocess.run([path, "--version"], capture_output=True, timeout=60).returncode == 0

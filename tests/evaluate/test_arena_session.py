@@ -11,7 +11,7 @@ from arena_folders import NAMES, evaluation_folder, scored, write_evaluation
 from dpo.errors import InputError, StorageError
 from dpo.evaluate.arena.judgements import JudgementFile, read_events, read_judgements
 from dpo.evaluate.arena.pairs import deal, make_pairs, read_answers
-from dpo.evaluate.arena.session import Session, shown_text
+from dpo.evaluate.arena.session import Session
 
 
 class Clock:
@@ -280,23 +280,3 @@ def test_a_verdict_that_cannot_be_written_is_not_made(table, monkeypatch):
     assert session.state()["pair"] == shown
     session.judge(shown["id"], "left")
     assert len(table.lines()) == 1
-
-
-# -- hostile text ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("<b>&amp;</b>", "<b>&amp;</b>"),
-        ("a\nb\tc", "a\nb\tc"),
-        ("a\r\nb\rc", "a\nb\\rc"),
-        ("\x1b[31m\x00", "\\x1b[31m\\x00"),
-        ("\u202eabc\u202c\u2066x\u2069", "\\u202eabc\\u202c\\u2066x\\u2069"),
-        ("\ud800", "\\ud800"),
-        ("שלום مرحبا 👩‍👧", "שלום مرحبا 👩‍👧"),
-    ],
-    ids=["markup", "space", "line ends", "controls", "reordering", "a lone surrogate", "languages"],
-)
-def test_text_is_shown_as_it_is_but_for_what_acts(text, shown):
-    assert shown_text(text) == shown

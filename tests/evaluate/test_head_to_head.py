@@ -16,6 +16,7 @@ from dpo.errors import InputError, StorageError
 from dpo.evaluate.agreement import VERDICTS, agreement_table, cohens_kappa, kappa_interval
 from dpo.evaluate.head_to_head import head_to_head_table, hold_duels
 from dpo.evaluate.matchups import JudgedMatchup, Matchup, Place
+from dpo.evaluate.records import prompts_won
 from train.small_runs import dpo, evaluate_config, sft_run, words_of
 
 LETTERS = {"w": "win", "l": "loss", "t": "tie"}
@@ -56,6 +57,12 @@ def test_samples_of_a_prompt_are_a_cluster_and_one_vote():
     wins = [1, 1, 0, 0, 0, 0, 1, 1, 0]
     assert (row.low, row.high) == clustered_wilson_interval(wins, [0] * 3 + [1] * 3 + [2, 3, 3])
     assert (row.prompts_won, row.prompts_lost) == (2, 1)  # one is even, one undecided
+
+
+def test_one_prompt_has_one_vote_whoever_asks():
+    won = [True, True, False, True, False, False]
+    assert prompts_won(won, ["a", "a", "a", "b", "b", "c"]) == (1, 1)  # b is even
+    assert prompts_won([], []) == (0, 0)
 
 
 def test_nothing_but_ties_has_no_win_rate_and_no_evidence():
@@ -383,6 +390,9 @@ def test_judges_compare_on_the_command_line(tmp_path):
     (labels,) = [r for r in rows if (r["judge"], r["family"]) == ("sentence_bert", "labels")]
     assert (labels["wins"], labels["losses"]) == ("6", "0")  # by construction
     assert len((out / "matchups.jsonl").read_text().splitlines()) == 3 * 6 * 10
+    drawn = (out / "figures" / "head_to_head.csv").read_text(encoding="utf-8")
+    assert drawn == (out / "head_to_head.csv").read_text(encoding="utf-8")
+    assert "figures/head_to_head.csv" in (out / "index.html").read_text(encoding="utf-8")
 
 
 def test_an_endpoint_judges_on_the_command_line_and_the_key_is_nowhere(tmp_path):

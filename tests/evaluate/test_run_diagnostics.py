@@ -10,7 +10,8 @@ import pytest
 
 from dpo.core.diagnostics import displacement
 from dpo.errors import InputError
-from dpo.evaluate.diagnostics import DIAGNOSTICS, diagnose, displacement_level, write_diagnosis
+from dpo.evaluate.diagnostics import DIAGNOSTICS, diagnose, write_diagnosis
+from dpo.evaluate.pair_diagnostics import displacement_level
 from dpo.evaluate.readings import Reading, differ, join
 from dpo.train.held_out import HELD_OUT, HeldOutPair
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 
+from dpo.atomic import lock_folder
 from dpo.config import validate
 from dpo.errors import InputError
-from dpo.experiment.study import run_study
+from dpo.evaluate import generations
+from dpo.evaluate.paired import power_lines
+from dpo.experiment.study import evaluate_together, run_study
 from dpo.experiment.study_config import StudyConfig, combinations, plan
+from dpo.report.page.write import write_page
 
 TINY = {
     "model": {"fresh": {"width": 16, "layers": 1, "heads": 2, "positions": 96, "vocab_size": 300}},
@@ -97,6 +102,152 @@ def test_a_finished_study_is_not_trained_again(finished):
     again = run_study(study_config(folder.parent))
     assert [file.stat().st_mtime_ns for file in weights] == before
     assert again.evaluation.table == study.evaluation.table
+
+
+# -- the evaluation ------------------------------------------------------------------------------
+
+
+def generated(monkeypatch):
+    """How many responses each call of `generate` was asked for, from now on."""
+    asked = []
+    generate = generations.generate
+
+    def noted(model, prompts, **options):
+        asked.append(len(prompts))
+        return generate(model, prompts, **options)
+
+    monkeypatch.setattr(generations, "generate", noted)
+    return asked
+
+
+def bytes_of(folder, *patterns):
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for pattern in patterns
+        for file in folder.glob(pattern)
+    }
+
+
+RESULTS = ("*.csv", "*.jsonl", "win_rates.json", "generations/*", "embeddings/*")
+
+
+@pytest.fixture
+def reopened(finished, tmp_path):
+    """The configuration and the folder of the finished study, which is put back afterwards."""
+    _, folder = finished
+    shutil.copytree(folder, tmp_path / "kept")
+    yield study_config(folder.parent), folder
+    shutil.rmtree(folder)
+    shutil.move(tmp_path / "kept", folder)
+
+
+def test_a_study_that_was_killed_while_it_evaluated_asks_only_for_what_is_missing(
+    reopened, monkeypatch
+):
+    config, folder = reopened
+    evaluation = folder / "evaluation"
+    expected = bytes_of(evaluation, *RESULTS)
+    [lost] = (evaluation / "generations").glob("DPO beta 0.1 seed 1-t1-*.jsonl")
+    lost.unlink()
+    for file in (*evaluation.glob("*.*"), *evaluation.glob("embeddings/*")):
+        file.unlink()
+    torn = evaluation / "generations" / f".{lost.name}.123.tmp"
+    torn.write_text('{"generated": "ha')
+    asked = generated(monkeypatch)
+    evaluate_together(plan(config), trust_remote_code=False)
+    assert asked == [3]  # one model, one temperature, three prompts
+    assert not torn.exists()
+    found = bytes_of(evaluation, *RESULTS)
+    assert found == expected
+
+
+def test_two_processes_do_not_evaluate_one_study(reopened):
+    config, folder = reopened
+    with (
+        lock_folder(folder / "evaluation"),
+        pytest.raises(InputError, match="another process is working"),
+    ):
+        evaluate_together(plan(config), trust_remote_code=False)
+
+
+def test_a_study_finished_by_an_earlier_version_is_opened_without_training_or_sampling(
+    finished, reopened, monkeypatch
+):
+    """It kept no embeddings, no held-out pairs and no diagnostics."""
+    config, folder = reopened
+    shutil.rmtree(folder / "evaluation" / "embeddings")
+    newer = ("diagnostics.json", "held_out.csv", "true_rewards.csv", "displacement.*", ".lock")
+    for name in newer:
+        for file in [*folder.rglob(name)]:
+            file.unlink()
+    weights = bytes_of(folder, "runs/*/model/*", "runs/*/metrics.jsonl")
+    asked = generated(monkeypatch)
+    again = run_study(config)
+    assert asked == []
+    assert bytes_of(folder, "runs/*/model/*", "runs/*/metrics.jsonl") == weights
+    assert again.evaluation.table == finished[0].evaluation.table
+    html = write_page(folder).read_text(encoding="utf-8")
+    assert "Diagnostics of the runs" in html
+    assert not (folder / "runs" / "dpo-beta-0.1-seed0" / "held_out.csv").exists()
+
+
+def test_the_true_reward_stands_beside_the_win_rates_where_it_is_known(finished):
+    study, folder = finished
+    with (folder / "evaluation" / "true_rewards.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["model"] for row in rows} == {"SFT", "DPO beta 0.1", "DPO beta 1.0"}
+    assert {(row["num_prompts"], row["n"]) for row in rows} == {("3", "6")}
+    assert len(study.evaluation.rewards) == 3 * 2
+
+
+def test_judges_compare_the_methods_of_a_study_head_to_head(reopened, monkeypatch):
+    _, folder = reopened
+    judged = {"judges": ["true_reward"], "comparisons": ["models", "nulls"]}
+    config = study_config(folder.parent, evaluation={**TINY["evaluation"], **judged})
+    asked = generated(monkeypatch)
+    study = run_study(config)
+    assert asked == []
+    rows = study.evaluation.duels.table
+    pairs = {(row.a, row.b) for row in rows if row.family == "models"}
+    assert pairs == {
+        *(("SFT", "DPO beta 0.1"), ("SFT", "DPO beta 1.0"), ("DPO beta 0.1", "DPO beta 1.0"))
+    }
+    assert {row.n for row in rows if row.family == "models"} == {6}  # three prompts, two seeds
+    drawn = (folder / "figures" / "head_to_head.csv").read_text(encoding="utf-8")
+    assert drawn == (folder / "evaluation" / "head_to_head.csv").read_text(encoding="utf-8")
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| true_reward | models | SFT | DPO beta 1.0 | 0.5 | 6 |" in text
+    assert "figures/head_to_head.png" in text
+
+
+# -- what is told --------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_the_tests_can_see(finished):
+    study, folder = finished
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    lines = power_lines(study.evaluation.tests)
+    assert [line.split(":")[0] for line in lines] == [
+        *("Between models", "Against the best null response")
+    ]
+    assert all(line in text.splitlines() for line in lines)
+    assert "to see a 5-point difference at 80% power" in text
+    assert "Head to head" not in text
+
+
+def test_every_run_of_dpo_and_the_evaluation_are_diagnosed(finished):
+    _, folder = finished
+    diagnosed = {str(f.parent.relative_to(folder)) for f in folder.rglob("diagnostics.json")}
+    runs = [f"runs/dpo-beta-{beta}-seed{seed}" for beta in (0.1, 1.0) for seed in (0, 1)]
+    assert diagnosed == {"evaluation", *runs}
+    content = json.loads((folder / runs[0] / "diagnostics.json").read_text(encoding="utf-8"))
+    assert {"displacement", "accuracy", "calibration", "on_policy"} <= content["numbers"].keys()
+    assert (folder / runs[0] / "figures" / "calibration.csv").is_file()
+    judged = json.loads((folder / "evaluation" / "diagnostics.json").read_text(encoding="utf-8"))
+    assert judged["numbers"]["baseline"] == "SFT"
+
+
+# -- the plan ------------------------------------------------------------------------------------
 
 
 def test_every_combination_of_the_grid_is_a_cell():

@@ -341,6 +341,19 @@ def test_costs_are_those_of_the_runs_and_of_the_reward_model_that_they_need(fini
     assert {line["peak memory (MB)"] for line in cost.values()} == {""}  # one process for all
 
 
+def test_rivals_are_diagnosed_as_dpo_is(finished):
+    _, folder = finished
+    diagnosed = {file.parent.name for file in folder.glob("runs/*/diagnostics.json")}
+    methods = ("dpo-beta-0.1", "preferred_ft", "unlikelihood", "ppo_rm")
+    assert diagnosed == {f"{method}-seed{seed}" for method in methods for seed in (0, 1)}
+    ppo, pairs = (
+        json.loads((folder / "runs" / run / "diagnostics.json").read_text("utf-8"))["numbers"]
+        for run in ("ppo_rm-seed0", "unlikelihood-seed0")
+    )
+    assert "on_policy" in ppo.keys() & pairs.keys()
+    assert "displacement" in pairs.keys() - ppo.keys()  # of PPO there are no pairs
+
+
 def test_study_json_has_all_numbers_and_none_of_the_texts(finished):
     study, folder = finished
     content = json.loads((folder / "study.json").read_text("utf-8"))

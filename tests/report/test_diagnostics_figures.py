@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from dpo.evaluate.diagnostics import HeldOut, diagnose
+from dpo.evaluate.diagnostics import diagnose
+from dpo.evaluate.held_out_pairs import HeldOut
 from dpo.evaluate.readings import Diagnosis, Reading
 from dpo.report.diagnostics_figures import (
     displacement_figure,

@@ -17,11 +17,13 @@ from matplotlib.text import Text
 
 from dpo.core.stats import wilson_interval
 from dpo.errors import InputError, StorageError
+from dpo.evaluate.head_to_head import HeadToHead
 from dpo.evaluate.winrate import WinRateRow
 from dpo.report import figures
 from dpo.report.figures import (
     RewardKLPoint,
     TrainingCurve,
+    head_to_head_figure,
     reward_kl_figure,
     run_curves_figure,
     training_curves_figure,
@@ -72,6 +74,48 @@ def win_rate_rows():
         for temperature in (0.0, 0.25, 0.5, 1.0)
     ]
     return rows + [win_rate_row(name, None, rate, kind="null") for name, rate in NULLS.items()]
+
+
+def head_to_head_row(judge, family, a, b, temperature, rate, n=80):
+    wins = None if rate is None else round(rate * n)
+    interval = wilson_interval(wins or 0, 0 if rate is None else n)
+    return HeadToHead(
+        judge=judge,
+        family=family,
+        a=a,
+        b=b,
+        temperature=temperature,
+        num_prompts=n,
+        n=n,
+        wins=wins or 0,
+        losses=0 if rate is None else n - wins,
+        ties=n if rate is None else 0,
+        win_rate=None if rate is None else wins / n,
+        low=interval.low,
+        high=interval.high,
+        confidence=0.95,
+        prompts_won=wins or 0,
+        prompts_lost=0 if rate is None else n - wins,
+        sign_p=0.5,
+        sign_p_holm=1.0,
+    )
+
+
+def head_to_head_rows():
+    """Two judges; the second calls every pair of the two models a tie."""
+    asked = [
+        *(("chosen", model, "chosen", t) for model in ("SFT", "DPO $x$") for t in (0.5, 1.0)),
+        *(("models", "DPO $x$", "SFT", t) for t in (0.5, 1.0)),
+        *(("nulls", name, "chosen", None) for name in NULLS),
+        ("labels", "chosen", "rejected", None),
+    ]
+    return [
+        head_to_head_row(
+            judge, *what, None if (judge, what[0]) == ("endpoint", "models") else 0.2 + i / 20
+        )
+        for judge in ("sentence_bert", "endpoint")
+        for i, what in enumerate(asked)
+    ]
 
 
 def training_curves():
@@ -127,6 +171,7 @@ def run_metrics():
 
 DRAWINGS = {
     "win_rates": lambda stem: win_rate_figure(win_rate_rows(), stem),
+    "head_to_head": lambda stem: head_to_head_figure(head_to_head_rows(), stem),
     "training": lambda stem: training_curves_figure(training_curves(), stem),
     "reward_kl": lambda stem: reward_kl_figure(reward_points(), stem),
     "run": lambda stem: run_curves_figure(run_metrics(), stem),
@@ -215,6 +260,64 @@ def error_bars(axes, index):
     """Ends of the index-th error-bar series of the axes, (N, 2)."""
     (*_, bars) = axes.containers[index].lines[2]
     return np.array([segment[:, 1] for segment in bars.get_segments()])
+
+
+def row_bars(axes, index):
+    """Height of the points and ends of the bars of the index-th series, (N, 3)."""
+    points, _, (bars,) = axes.containers[index].lines
+    ends = np.array([segment[:, 0] for segment in bars.get_segments()]).reshape(-1, 2)
+    return np.column_stack([np.asarray(points.get_ydata(), float), ends])
+
+
+def test_every_comparison_has_a_row_and_in_it_every_judge_a_bar_which_is_its_interval(drawn):
+    figure = drawn(DRAWINGS["head_to_head"])
+    models, controls = figure.axes
+    for axes, families in ((models, ("chosen", "models")), (controls, ("nulls", "labels"))):
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        for index, judge in enumerate(("sentence_bert", "endpoint")):
+            rows = [r for r in head_to_head_rows() if r.judge == judge and r.family in families]
+            known = [row for row in rows if row.win_rate is not None]
+            found = row_bars(axes, index)
+            assert found[:, 1:] == pytest.approx(
+                np.array([(100 * row.low, 100 * row.high) for row in known])
+            )
+            for row, height in zip(known, found[:, 0], strict=True):
+                name = names[-round(height)].replace("\\$", "$")
+                assert name.startswith(f"{row.a} against {row.b}")
+                assert (row.temperature is None) == ("t =" not in name)
+    assert len(models.get_yticklabels()) == 6
+    assert len(controls.get_yticklabels()) == 7
+    assert len(row_bars(models, 1)) == 4  # nothing but ties: no point
+
+
+def test_controls_are_hollow_and_models_are_not(drawn):
+    models, controls = drawn(DRAWINGS["head_to_head"]).axes
+    for index in range(2):
+        faces = [
+            axes.containers[index].lines[0].get_markerfacecolor() for axes in (models, controls)
+        ]
+        assert faces == [COLOURS[index], "white"]
+
+
+def test_a_head_to_head_figure_says_what_its_axis_is_and_holds_the_whole_table(tmp_path, drawn):
+    rows = head_to_head_rows()
+    figure = drawn(lambda stem: head_to_head_figure(rows, stem))
+    assert figure.axes[-1].get_xlabel() == "Win rate of the one named first (%)"
+    said = " ".join(text for text, _ in texts(figure))
+    assert "n = 80 comparisons" in said
+    assert "nothing but ties" in said
+    lines = read_csv(tmp_path / "figure.csv")
+    assert [(line["judge"], line["a"], line["b"]) for line in lines] == [
+        (row.judge, row.a, row.b) for row in rows
+    ]
+    assert [line["win_rate"] for line in lines] == [
+        "" if row.win_rate is None else str(row.win_rate) for row in rows
+    ]
+
+
+def test_without_controls_there_is_one_panel(drawn):
+    rows = [row for row in head_to_head_rows() if row.family == "models"]
+    assert len(drawn(lambda stem: head_to_head_figure(rows, stem)).axes) == 1
 
 
 def test_win_rate_bars_are_the_intervals_of_the_table(drawn):

@@ -13,15 +13,20 @@ from pathlib import Path
 import pytest
 
 from dpo.config import read_config
+from dpo.core.stats import clustered_wilson_interval
+from dpo.data.files import page_text
 from dpo.errors import InputError
 from dpo.evaluate.arena.judgements import Judgement, JudgementFile
+from dpo.evaluate.head_to_head import HeadToHead, head_to_head_table
+from dpo.evaluate.matchups import JudgedMatchup
+from dpo.evaluate.tables import csv_text
 from dpo.experiment.exact_config import ExactStudyConfig
 from dpo.experiment.frontier_config import FrontierConfig
 from dpo.experiment.losses import LossStudyConfig
 from dpo.experiment.sentiment_config import SentimentConfig
 from dpo.experiment.study import StudyConfig
 from dpo.report.page import compare, write
-from dpo.report.page.blocks import Page, Prose, Section, Table
+from dpo.report.page.blocks import Figure, Page, Prose, Section, Table
 from dpo.report.page.evaluation_page import result_tables
 from dpo.report.page.folders import (
     EvaluationFolder,
@@ -37,7 +42,7 @@ from dpo.report.page.render import render
 from dpo.report.page.reproduce import SCHEMAS, command_line, settings_of, settings_of_evaluation
 from dpo.report.page.samples import MAX_TEXT, Response, Sample, Samples, of_evaluation, of_run
 from dpo.report.page.verdict import evaluation_verdict, run_verdict, study_verdict
-from dpo.report.page.words import decimal, shown
+from dpo.report.page.words import decimal
 from dpo.train.run import read_manifest
 from train.small_runs import dpo, dpo_config, dpo_run, evaluation, sft_run, words_of
 
@@ -78,6 +83,7 @@ def run_folder(*held_out, command="train", margins=(), **manifest):
         margins=[
             Margin(pair=str(i), prompt=str(i), margin=margin) for i, margin in enumerate(margins)
         ],
+        judgements=[],
     )
 
 
@@ -292,7 +298,7 @@ def test_samples_in_the_page_are_data_whatever_they_say():
     assert text.isascii()
     assert not set("<>&") & set(text)
     [sample] = json.loads(text)
-    assert sample["prompt"] == shown(NASTY)
+    assert sample["prompt"] == page_text(NASTY)
     assert "</script><script>alert(1)</script>" in sample["responses"][0]["text"]
 
 
@@ -315,10 +321,6 @@ def test_only_the_pages_own_script_may_run_and_nothing_is_loaded():
     assert rules["default-src"] == "'none'"
     assert rules["script-src"] == f"'sha256-{digest}'"
     assert rules["img-src"] == "data:"
-
-
-def test_line_ends_and_tabs_stay_and_other_controls_are_written_out():
-    assert shown("a\r\nb\tc\x07") == "a\nb\tc\\x07"
 
 
 @pytest.mark.parametrize(
@@ -520,30 +522,114 @@ def test_other_judges_and_the_power_of_the_tests_are_shown():
     assert "on these 77 one of 17.8 points does" in note
 
 
-def test_what_people_judged_is_in_the_page_of_the_evaluation(tmp_path):
+def test_head_to_head_is_drawn_from_the_table_where_it_is_not_drawn_yet(tmp_path):
     folder = shutil.copytree(evaluation(), tmp_path / "evaluation")
-    file = JudgementFile(folder / "judgements.jsonl")
-    for number in range(4):
-        file.append(
-            Judgement(
-                pair=str(number),
-                prompt_digest=str(number),
-                a="dpo",
-                b="sft",
-                temperature=1.0,
-                sample=0,
-                left="a",
-                verdict="win" if number else "loss",
-                annotator="ann",
-                seconds=2.0,
-                timestamp="2026-01-01T00:00:00Z",
-            )
+    said = [
+        JudgedMatchup(
+            judge=judge,
+            family=family,
+            a="dpo",
+            b="sft",
+            temperature=temperature,
+            prompt_index=i,
+            sample=0,
+            verdict="tie" if judge == "k" else "loss" if i == 0 else "win",
         )
+        for judge in "jk"
+        for family, temperature in (("models", 0.5), ("nulls", None))
+        for i in range(4)
+    ]
+    text = csv_text(HeadToHead, head_to_head_table(said))
+    (folder / "head_to_head.csv").write_text(text, encoding="utf-8")
+    write.write_page(folder)
+    assert (folder / "figures" / "head_to_head.csv").read_text(encoding="utf-8") == text
+    [results] = [part for part in page_of(gather(folder)).sections if part.id == "results"]
+    figures = [block.csv for block in results.blocks if isinstance(block, Figure)]
+    assert figures == ["figures/win_rate.csv", "figures/head_to_head.csv"]
+
+
+def test_a_table_of_another_version_is_no_reason_to_have_no_page(tmp_path):
+    folder = shutil.copytree(evaluation(), tmp_path / "evaluation")
+    row = "judge,a,b,temperature,n,win_rate,low,high,ties,sign_p_holm\nj,dpo,sft,,2,0.5,0,1,0,1\n"
+    (folder / "head_to_head.csv").write_text(row)
+    write.write_page(folder)
+    assert not (folder / "figures" / "head_to_head.csv").exists()
+    assert "dpo against sft" in (folder / "index.html").read_text(encoding="utf-8")
+
+
+def judge_some(folder, *annotators):
+    """Each of them judged four pairs and found that the first one of the two won three."""
+    file = JudgementFile(folder / "judgements.jsonl")
+    for annotator in annotators:
+        for number in range(4):
+            file.append(
+                Judgement(
+                    pair=str(number),
+                    prompt_digest=str(number),
+                    a="dpo",
+                    b="sft",
+                    temperature=1.0,
+                    sample=0,
+                    left="a" if number < 2 else "b",
+                    verdict="win" if number else "loss",
+                    annotator=annotator,
+                    seconds=2.0,
+                    timestamp="2026-01-01T00:00:00Z",
+                )
+            )
     file.close()
-    page = page_of(gather(folder))
-    [people] = [section for section in page.sections if section.id == "people"]
-    assert people.blocks[0].paragraphs == ["dpo against sft"]
-    assert people.blocks[1].pairs[0][1].startswith("75.0%")
+
+
+def people_of(folder):
+    [people] = [part for part in page_of(gather(folder)).sections if part.id == "people"]
+    return people.blocks
+
+
+@pytest.mark.parametrize("made", [evaluation, dpo_run], ids=["evaluation", "run"])
+def test_what_people_judged_is_in_the_page_of_the_folder(tmp_path, made):
+    folder = shutil.copytree(made(), tmp_path / "folder")
+    judge_some(folder, "ann", "bob")
+    pair, facts = people_of(folder)
+    assert pair.paragraphs == ["dpo against sft"]
+    said = dict(facts.pairs)
+    low, high = clustered_wilson_interval([0, 1, 1, 1] * 2, [*range(4)] * 2)
+    rate = f"75.0% [{100 * low:.1f}, {100 * high:.1f}], n = 8"
+    assert said["Win rate of dpo against sft"] == rate
+    assert said["Answer on the left won"].startswith("25.0% [")  # one of the four, twice
+    assert said["ann and bob agree"].startswith("100.0% of 4 pairs; Cohen's kappa 1.00")
+    html = write.write_page(folder).read_text(encoding="utf-8")
+    assert "What people say" in html
+    assert rate in html
+
+
+def test_a_study_shows_what_people_judged_of_its_evaluation_and_of_its_runs(tmp_path):
+    (tmp_path / "table.csv").write_text("method\ndpo\n")
+    shutil.copytree(evaluation(), tmp_path / "evaluation")
+    shutil.copytree(dpo_run(), tmp_path / "runs" / "dpo")
+    assert not [part for part in page_of(gather(tmp_path)).sections if part.id == "people"]
+    judge_some(tmp_path / "evaluation", "ann")
+    judge_some(tmp_path / "runs" / "dpo", "bob")
+    assert [block.kind for block in people_of(tmp_path)] == ["prose", "facts"] * 2
+
+
+def test_a_study_shows_what_was_found_in_each_run_with_the_way_to_its_page(tmp_path):
+    (tmp_path / "table.csv").write_text("method\ndpo\n")
+    shutil.copytree(evaluation(), tmp_path / "evaluation")
+    run = shutil.copytree(dpo_run(), tmp_path / "runs" / "dpo")
+    shutil.copytree(sft_run(), tmp_path / "runs" / "sft")  # is not diagnosed
+    readings = [{"level": level, "title": f"A {level}"} for level in ("note", "warning", "ok")]
+    readings.append({"level": "warning", "title": "Another"})
+    (run / "diagnostics.json").write_text(json.dumps({"readings": readings}))
+    page = page_of(gather(tmp_path))
+    [found] = [part for part in page.sections if part.id == "diagnostics"]
+    [row] = found.blocks[0].rows
+    assert (row[0].text, row[0].href) == ("runs/dpo", "./runs/dpo/index.html#diagnostics")
+    assert row[1:] == ["A warning, Another", "A note"]
+    figures = [block.csv for block in found.blocks if isinstance(block, Figure)]
+    assert figures == ["evaluation/figures/length_controlled.csv"]
+    assert [block.kind for block in found.blocks][1] == "readings"  # of the evaluation
+    write.write_page(tmp_path)
+    assert 'id="diagnostics"' in (run / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_column_of_numbers_is_set_to_the_right_and_one_of_words_is_not():

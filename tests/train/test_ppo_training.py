@@ -245,6 +245,18 @@ def test_accumulating_changes_no_step_beyond_rounding(tmp_path):
         assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
 
 
+def test_a_run_says_what_its_own_samples_tell(tmp_path):
+    said = dpo("ppo", *words_of(config_of(tmp_path / "run", {"rounds": 1})))
+    assert said.code == 0, said.all
+    found = json.loads((tmp_path / "run" / "diagnostics.json").read_text("utf-8"))
+    assert {"kl", "entropy", "repeated_4grams", "truncated"} <= found["numbers"]["on_policy"].keys()
+    titles = [reading["title"] for reading in found["readings"]]
+    assert {"Distance from the reference", "Diversity", "Repetition"} <= {*titles}
+    assert "Diagnostics: " in said.out
+    page = (tmp_path / "run" / "index.html").read_text("utf-8")
+    assert "Distance from the reference" in page
+
+
 def test_a_run_goes_on_under_its_own_reward_only(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def f(prompts, responses): return [float(len(r)) for r in responses]\n")

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,6 +82,30 @@ def printable(text: str, *, limit: int = 60) -> str:
     """
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
     return shown + "..." if len(text) > limit else shown
+
+
+_REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+"""Bidirectional classes of the marks that change the order of the text after them."""
+
+_ACTING = {"Cc", "Cs", "Zl", "Zp"}
+"""Categories of control characters, lone surrogates, and separators of lines and paragraphs."""
+
+
+def page_text(text: str) -> str:
+    r"""Text that a page shows as it is: line ends and tabs stay; every other control character,
+    lone surrogate, separator, and mark that reorders text is written out, so that what is read is
+    what is there.
+
+    >>> page_text("a\r\nb\x1b[31m \u202edesrever")
+    'a\nb\\x1b[31m \\u202edesrever'
+    """
+    return "".join(ascii(c)[1:-1] if _acts(c) else c for c in text.replace("\r\n", "\n"))
+
+
+def _acts(c: str) -> bool:
+    if c in "\n\t":
+        return False
+    return unicodedata.category(c) in _ACTING or unicodedata.bidirectional(c) in _REORDERING
 
 
 def existing(name: str | os.PathLike[str]) -> Path | None:

@@ -70,7 +70,7 @@ def diagnose_evaluation(folder: Path) -> Diagnosis:
     """The diagnosis of an evaluation, from `scored.jsonl` and, where there is one,
     `matchups.jsonl`.
 
-    The baseline is the model called sft, or else the first.
+    The baseline is the model called sft (or SFT), or else the first.
 
     Raises:
         InputError: a file is damaged, or no model has responded.
@@ -79,7 +79,7 @@ def diagnose_evaluation(folder: Path) -> Diagnosis:
     if not scored:
         raise InputError(f"{folder / 'scored.jsonl'}: there is no response of a model.")
     names = list(dict.fromkeys(record["model"] for record in scored))
-    baseline = "sft" if "sft" in names else names[0]
+    baseline = next((name for name in names if name.lower() == "sft"), names[0])
     health, readings = _generations(scored, names, baseline)
     controlled = length_controlled_table(folder, scored, baseline)
     numbers = {

@@ -8,7 +8,7 @@ majority, in the test.
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from dpo.core.stats import clustered_wilson_interval, holm, mcnemar_exact
 from dpo.evaluate.agreement import Agreement, agreement_table
 from dpo.evaluate.judges import Judge
 from dpo.evaluate.matchups import JudgedMatchup, Matchup, judged
+from dpo.evaluate.records import prompts_won
 from dpo.evaluate.tables import csv_text
 
 
@@ -103,12 +104,8 @@ def _row(verdicts: Sequence[JudgedMatchup], confidence: float) -> HeadToHead:
     won = [verdict.verdict == "win" for verdict in decided]
     prompts = [verdict.prompt_index for verdict in decided]
     interval = clustered_wilson_interval(won, prompts, confidence=confidence)
-    excess: Counter[int] = Counter()  # wins less losses of each prompt
-    for prompt, win in zip(prompts, won, strict=True):
-        excess[prompt] += 1 if win else -1
-    prompts_won = sum(number > 0 for number in excess.values())
-    prompts_lost = sum(number < 0 for number in excess.values())
-    p = mcnemar_exact(prompts_won, prompts_lost)
+    of_a, of_b = prompts_won(won, prompts)
+    p = mcnemar_exact(of_a, of_b)
     return HeadToHead(
         judge=first.judge,
         family=first.family,
@@ -124,8 +121,8 @@ def _row(verdicts: Sequence[JudgedMatchup], confidence: float) -> HeadToHead:
         low=interval.low,
         high=interval.high,
         confidence=confidence,
-        prompts_won=prompts_won,
-        prompts_lost=prompts_lost,
+        prompts_won=of_a,
+        prompts_lost=of_b,
         sign_p=p,
         sign_p_holm=p,
     )

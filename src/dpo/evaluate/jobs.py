@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from dpo.errors import InputError
 from dpo.evaluate.embeddings import EmbeddingCache
 from dpo.evaluate.generations import Sampling, sample_responses
 from dpo.evaluate.head_to_head import Duels, hold_duels
-from dpo.evaluate.judges import open_judges
+from dpo.evaluate.judges import Judge, open_judges
 from dpo.evaluate.matchups import make_matchups
 from dpo.evaluate.paired import PairedTest, paired_tests
 from dpo.evaluate.records import Generation, ScoredGeneration
@@ -75,8 +75,8 @@ def evaluate(
     Raises:
         InputError: as `open_evaluation`, or a model cannot be loaded.
     """
-    with open_evaluation(config) as (data, rows, embed):
-        judges = open_judges(config, embed, trust_remote_code=trust_remote_code)
+    with open_evaluation(config, trust_remote_code=trust_remote_code) as opened:
+        data, rows = opened.data, opened.rows
         num_per_model = len(rows) * config.samples_per_prompt * len(config.temperatures)
         records: list[Generation] = []
         with counting("Generating", num_per_model * len(config.models)) as advance:
@@ -84,18 +84,7 @@ def evaluate(
                 records += generate_with(
                     name, path, data, rows, config, advance, trust_remote_code=trust_remote_code
                 )
-        found = judge(
-            records,
-            rows,
-            embed,
-            Path(config.out),
-            world=World(config.data.synthetic.num_facts) if data.shape == "synthetic" else world,
-            meta=origin(config, data),
-        )
-        if not config.compared:
-            return found
-        matchups = make_matchups(rows, found.scored, config.compared)
-        return replace(found, duels=hold_duels(judges, matchups, found.folder))
+        return judge(records, opened, config, world=world)
 
 
 class Opened(NamedTuple):
@@ -105,15 +94,17 @@ class Opened(NamedTuple):
     rows: list[PreferenceRow]
     """The held-out rows, one for each prompt."""
     embed: SentenceScorer
+    judges: list[Judge]
+    """Who compares the responses head to head."""
 
 
 @contextmanager
-def open_evaluation(config: EvaluateConfig) -> Iterator[Opened]:
-    """Check the models and read data and judge; the folder is this process's own meanwhile.
+def open_evaluation(config: EvaluateConfig, *, trust_remote_code: bool = False) -> Iterator[Opened]:
+    """Check the models and read data and judges; the folder is this process's own meanwhile.
 
     Raises:
-        InputError: a model or the data cannot be had, a model was trained on a held-out prompt, or
-            another process is working in the folder.
+        InputError: a model, a judge or the data cannot be had, a model was trained on a held-out
+            prompt, or another process is working in the folder.
         StorageError: the folder cannot be written.
     """
     for name, path in config.models.items():  # before anything is loaded
@@ -131,7 +122,8 @@ def open_evaluation(config: EvaluateConfig) -> Iterator[Opened]:
             clean_up(folder)
         embed = load_sentence_model(config.sentence_model.path)
         log.info("%d held-out prompts; judged by %s.", len(rows), embed.name)
-        yield Opened(data, rows, embed)
+        judges = open_judges(config, embed, trust_remote_code=trust_remote_code)
+        yield Opened(data, rows, embed, judges)
 
 
 def origin(config: EvaluateConfig, data: SplitData[PreferenceRow]) -> dict[str, object]:
@@ -213,20 +205,31 @@ def generate_with(
 
 def judge(
     records: Sequence[Generation],
-    rows: Sequence[PreferenceRow],
-    embed: SentenceScorer,
-    folder: Path,
+    opened: Opened,
+    config: EvaluateConfig,
     *,
-    world: World | None,
-    meta: dict[str, object],
+    world: World | None = None,
 ) -> Evaluation:
-    """Score the responses and the null responses, and write the tables."""
+    """Score the responses and the null responses, let the judges compare what is to be compared,
+    and write the tables.
+
+    Args:
+        records: responses to the rows' prompts.
+        world: gives the true reward; for `data=synthetic` it is known.
+    """
+    data, rows, embed, judges = opened
+    folder = Path(config.out)
     cached = EmbeddingCache(embed, folder / EMBEDDINGS)
     scored = score_generations([*records, *null_responses(rows)], cached)
     table, tests = win_rate_table(scored), paired_tests(scored)
-    meta = {**meta, "sentence_model": embed.name}
+    meta = {**origin(config, data), "sentence_model": embed.name}
     write_results(folder, scored=scored, table=table, tests=tests, meta=meta)
+    if data.shape == "synthetic":
+        world = World(config.data.synthetic.num_facts)
     rewards = [] if world is None else true_reward_table(records, world)
     if rewards:
         write_true_rewards(folder / "true_rewards.csv", rewards)
-    return Evaluation(folder, table, tests, rewards, scored)
+    duels = None
+    if config.compared:
+        duels = hold_duels(judges, make_matchups(rows, scored, config.compared), folder)
+    return Evaluation(folder, table, tests, rewards, scored, duels)

@@ -65,12 +65,7 @@ class ScalarJudge:
         """Each distinct response is scored once, in an order that is that of the texts alone: a
         batch's company moves float32 scores by their last bits, which must not decide a verdict.
         """
-        sides = [
-            tuple(
-                Candidate(m.prompt, m.chosen, m.rejected, r) for r in (m.response_a, m.response_b)
-            )
-            for m in matchups
-        ]
+        sides = [_candidates(matchup) for matchup in matchups]
         distinct = sorted({candidate for pair in sides for candidate in pair}, key=repr)
         scores = dict(zip(distinct, self.score(distinct).tolist(), strict=True))
         return [_verdict(scores[a] - scores[b]) for a, b in sides]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,15 @@ class Reading:
     title: str
     sentence: str
     what_to_do: str = ""
+
+    def raised(self, level: Level, more: str, what_to_do: str) -> Reading:
+        """The same finding where it is remarkable: what else there is to say, and what to do."""
+        sentence = f"{self.sentence} {more}"
+        return replace(self, level=level, sentence=sentence, what_to_do=what_to_do)
+
+
+Found = tuple[dict[str, Any], list[Reading]]
+"""The numbers of a topic and their readings."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ responses of one responder by prompt.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -71,3 +71,20 @@ def win_share(samples: Iterable[ScoredGeneration]) -> float | None:
     verdicts = Counter(record.verdict for record in samples)
     decided = verdicts["win"] + verdicts["loss"]
     return verdicts["win"] / decided if decided else None
+
+
+def prompts_won(won: Sequence[bool], prompts: Sequence[Hashable]) -> tuple[int, int]:
+    """How many prompts are won by majority, and how many lost: one vote a prompt, however many
+    decided comparisons it has.
+
+    Args:
+        won: whether each decided comparison was won.
+        prompts: of which prompt each is.
+
+    >>> prompts_won([True, True, False, False, True, False], ["a", "a", "a", "b", "c", "c"])
+    (1, 1)
+    """
+    lead: Counter[Hashable] = Counter()  # wins less losses of each prompt
+    for prompt, win in zip(prompts, won, strict=True):
+        lead[prompt] += 1 if win else -1
+    return sum(n > 0 for n in lead.values()), sum(n < 0 for n in lead.values())

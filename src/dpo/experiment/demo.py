@@ -37,6 +37,7 @@ from dpo.experiment.embedded import (
     train_demonstrator,
 )
 from dpo.models.divergence import KLEstimate
+from dpo.report.diagnostics_figures import leave_diagnosis
 from dpo.report.figures import (
     RewardKLPoint,
     TrainingCurve,
@@ -92,7 +93,7 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> list[DemoRow]:
         "preferred-FT": _train_preferred(out, sft, pairs, seed, scale),
     }
     for beta in BETAS:
-        models[f"DPO beta {beta:g}"] = _train_dpo(out, sft, pairs, seed, beta, round(100 * scale))
+        models[_dpo_name(beta)] = _train_dpo(out, sft, pairs, seed, beta, round(100 * scale))
     log.info("Evaluating %d models on held-out questions.", len(models))
     evaluation = _evaluate(out, models, pairs, seed, samples_per_prompt=2 if short else 4)
     kls = {
@@ -101,10 +102,17 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> list[DemoRow]:
     }
     rows = _rows(models, evaluation, kls)
     _figures(out, models, evaluation, rows, seed)
+    for beta in BETAS:
+        leave_diagnosis(models[_dpo_name(beta)])
+    leave_diagnosis(evaluation.folder)
     made_by = {"command": "demo", "seed": seed, "short": short}
     _write(out, rows, made_by, seconds=time.perf_counter() - started)
     _print(out, rows, evaluation)
     return rows
+
+
+def _dpo_name(beta: float) -> str:
+    return f"DPO beta {beta:g}"
 
 
 # -- training ------------------------------------------------------------------------------------

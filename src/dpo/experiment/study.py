@@ -26,15 +26,8 @@ from dpo.config import (
 from dpo.core.best_of_n import best_of_n_kl_bound
 from dpo.data.rows import PreferenceRow
 from dpo.evaluate.best_of_n import best_of_each
-from dpo.evaluate.jobs import (
-    Evaluation,
-    check_held_out,
-    generate_with,
-    held_out_rows,
-    judge,
-)
+from dpo.evaluate.jobs import Evaluation, generate_with, judge, open_evaluation
 from dpo.evaluate.records import Generation
-from dpo.evaluate.sbert import load_sentence_model
 from dpo.experiment.frontier import in_processes
 from dpo.experiment.frontier_results import MODELS, own_cost, with_reward_model
 from dpo.experiment.study_config import Cell, Plan, best_of_label
@@ -43,13 +36,14 @@ from dpo.experiment.study_config import plan as plan
 from dpo.loss_config import takes_reference
 from dpo.online_config import PPOConfig
 from dpo.progress import counting
+from dpo.report.diagnostics_figures import leave_diagnosis
 from dpo.report.exact_study import BEST_OF_RM, DPO, PPO_RM
 from dpo.report.frontier_study import Cost
 from dpo.report.study import write_study
 from dpo.report.study_results import BestOf, CellResult, Study
 from dpo.train.jobs import train_preference, train_sft
 from dpo.train.ppo import train_ppo
-from dpo.train.prepare import SplitData, load_preferences
+from dpo.train.prepare import SplitData
 from dpo.train.reward import train_reward
 from dpo.train.reward_source import open_reward
 from dpo.train.run import environment, read_metrics
@@ -66,7 +60,8 @@ JOBS: dict[type[RunConfig], Callable[..., Path]] = {
 
 
 def run_study(config: StudyConfig, *, trust_remote_code: bool = False) -> Study:
-    """Run what is not finished, evaluate all together, write table, figures and samples.
+    """Run what is not finished, evaluate all together, write table, figures, samples and
+    diagnostics.
 
     Raises:
         InputError: a configuration is wrong (before anything runs), or data or model cannot be had.
@@ -87,6 +82,9 @@ def run_study(config: StudyConfig, *, trust_remote_code: bool = False) -> Study:
         },
     )
     write_study(study)
+    for cell in (*todo.dpo, *todo.rivals):
+        leave_diagnosis(Path(cell.config.out))
+    leave_diagnosis(evaluation.folder)
     return study
 
 
@@ -119,44 +117,45 @@ def evaluate_together(todo: Plan, *, trust_remote_code: bool) -> Evaluation:
     """Every run's responses to the same held-out prompts; the seeds of a cell count as its samples.
 
     A prompt's responses from several seeds stay together in the intervals, whose unit is the
-    prompt.
+    prompt. Killed at any moment, the same call goes on with what was generated and embedded.
     """
     config = todo.evaluation
-    data = load_preferences(config.data)
-    rows = held_out_rows(data, config.max_prompts, config.seed)
-    for name, path in config.models.items():
-        check_held_out(name, path, rows, allow=config.allow_overlap)
-    embed = load_sentence_model(config.sentence_model.path)
     seeds = sorted({seed for _, seed in todo.labels.values()})
-    drawn = len(config.models) + (todo.best_of or 0) * len(todo.reward_models)
-    total = len(rows) * config.samples_per_prompt * len(config.temperatures) * drawn
     records: list[Generation] = []
 
     def add(made: list[Generation], label: str, seed: int) -> None:
         first = seeds.index(seed) * config.samples_per_prompt
         records.extend(replace(r, model=label, sample=first + r.sample) for r in made)
 
-    with counting("Generating", total) as advance:
-        for name, path in config.models.items():
-            made = generate_with(
-                name, path, data, rows, config, advance, trust_remote_code=trust_remote_code
-            )
-            add(made, *todo.labels[name])
-        if todo.best_of is not None:
-            for sft, model in zip(todo.sft, todo.reward_models, strict=True):
-                made = best_of_samples(
-                    todo.best_of,
-                    sft,
-                    model,
-                    data,
-                    rows,
+    with open_evaluation(config, trust_remote_code=trust_remote_code) as opened:
+        drawn = len(config.models) + (todo.best_of or 0) * len(todo.reward_models)
+        total = len(opened.rows) * config.samples_per_prompt * len(config.temperatures) * drawn
+        with counting("Generating", total) as advance:
+            for name, path in config.models.items():
+                made = generate_with(
+                    name,
+                    path,
+                    opened.data,
+                    opened.rows,
                     config,
                     advance,
                     trust_remote_code=trust_remote_code,
                 )
-                add(made, best_of_label(todo.best_of), sft.seed)
-    meta = {**config.model_dump(mode="json", exclude={"out"}), "data_sha256": data.sha256}
-    return judge(records, rows, embed, Path(config.out), world=None, meta=meta)
+                add(made, *todo.labels[name])
+            if todo.best_of is not None:
+                for sft, model in zip(todo.sft, todo.reward_models, strict=True):
+                    made = best_of_samples(
+                        todo.best_of,
+                        sft,
+                        model,
+                        opened.data,
+                        opened.rows,
+                        config,
+                        advance,
+                        trust_remote_code=trust_remote_code,
+                    )
+                    add(made, best_of_label(todo.best_of), sft.seed)
+        return judge(records, opened, config)
 
 
 def best_of_samples(

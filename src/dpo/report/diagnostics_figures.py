@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from dpo.core.stats import Interval, pair_calibration
+from dpo.core.stats import pair_calibration
 from dpo.data.files import printable
-from dpo.evaluate.diagnostics import (
-    DIAGNOSTICS,
-    HeldOut,
-    diagnose,
-    write_diagnosis,
-)
+from dpo.evaluate.diagnostics import DIAGNOSTICS, diagnose, write_diagnosis
+from dpo.evaluate.held_out_pairs import HeldOut
 from dpo.evaluate.readings import Diagnosis
+from dpo.report.figures import comparison_name
 from dpo.report.reward import calibration_figure
 from dpo.report.runs import finish_run
 from dpo.report.style import (
@@ -28,15 +25,14 @@ from dpo.report.style import (
     MUTED,
     SINGLE_COLUMN,
     caption,
+    draw_intervals,
     look,
+    name_rows,
     new_figure,
     paper_style,
     plain,
     save_figure,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 SIDES = ("chosen", "rejected")
 NUM_BINS = 30
@@ -188,7 +184,9 @@ def subsets_figure(
         axes.axvline(100 * whole, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
         intervals = [subset["interval"] for subset in subsets]
         labels = [f"{plain(subset['subset'])} ({subset['n']})" for subset in subsets]
-        _draw_intervals(axes, labels, [s["accuracy"] for s in subsets], intervals, 0)
+        heights = [-row for row in range(len(labels))]
+        draw_intervals(axes, heights, [s["accuracy"] for s in subsets], intervals, 0)
+        name_rows(axes, labels)
         axes.set(xlabel="Pairs ordered rightly (%)", xlim=(0, 102))
         caption(
             figure,
@@ -221,7 +219,9 @@ def length_controlled_figure(rows: Sequence[dict[str, Any]], out_stem: Path | st
             (("as judged", "raw", "raw_interval"), ("at equal length", "win_rate", "interval"))
         ):
             rates, intervals = [row[rate] for row in rows], [row[interval] for row in rows]
-            _draw_intervals(axes, labels, rates, intervals, index, shift=0.13, label=name)
+            heights = [(0.13, -0.13)[index] - row for row in range(len(rows))]
+            draw_intervals(axes, heights, rates, intervals, index, label=name)
+        name_rows(axes, labels)
         axes.set(xlabel="Win rate (%), a tie counting half")
         figure.legend(loc="outside upper left", ncols=2)
         caption(figure, "Bars: 95% intervals over prompts.")
@@ -236,26 +236,5 @@ def length_controlled_figure(rows: Sequence[dict[str, Any]], out_stem: Path | st
 
 
 def _comparison(row: dict[str, Any]) -> str:
-    at = "" if row["temperature"] is None else f", t = {row['temperature']:g}"
-    return plain(f"{row['a']} against {row['b']}{at} ({row['judge']})")
-
-
-def _draw_intervals(
-    axes: Axes,
-    labels: Sequence[str],
-    shares: Sequence[float],
-    intervals: Sequence[Interval],
-    index: int,
-    *,
-    shift: float = 0.0,
-    label: str | None = None,
-) -> None:
-    """Shares with their intervals as points in rows, the first on top, in per cent."""
-    at = -np.arange(len(labels)) + shift * (1 - 2 * index)
-    values = 100 * np.array(shares)
-    ends = 100 * np.array([tuple(interval) for interval in intervals])
-    errors = np.maximum([values - ends[:, 0], ends[:, 1] - values], 0)
-    style = look(index) | {"ls": ""}
-    axes.errorbar(values, at, xerr=errors, label=label, elinewidth=1.1, zorder=3, **style)
-    axes.set_yticks(-np.arange(len(labels)), labels)
-    axes.set_ylim(-len(labels) + 0.4, 0.6)
+    named = comparison_name(row["a"], row["b"], row["temperature"])
+    return plain(f"{named} ({row['judge']})")

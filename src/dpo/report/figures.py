@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo.core.stats import Interval
 from dpo.errors import InputError
+from dpo.evaluate.head_to_head import HeadToHead
 from dpo.evaluate.winrate import WinRateRow
 from dpo.report.style import (
     COLOURS,
@@ -23,9 +25,11 @@ from dpo.report.style import (
     MUTED,
     Boxes,
     caption,
+    draw_intervals,
     label_points,
     label_right,
     look,
+    name_rows,
     new_figure,
     paper_style,
     plain,
@@ -99,6 +103,48 @@ def win_rate_figure(table: Sequence[WinRateRow], out_stem: Path | str) -> list[P
         figure.legend(loc="outside upper left", ncols=5)
         caption(figure, _win_rate_caption(rows))
         header = [field.name for field in fields(WinRateRow)]
+        return save_figure(figure, out_stem, header, [astuple(row) for row in table])
+
+
+CONTROLS = ("nulls", "labels")
+"""Kinds of comparisons that say something of the judge and nothing of a model."""
+
+
+def head_to_head_figure(table: Sequence[HeadToHead], out_stem: Path | str) -> list[Path]:
+    """Win rate of a against b, a row a comparison and in it a point a judge, with the intervals of
+    the table; the controls below, in a panel of their own and hollow.
+
+    A judge who called every comparison of a row a tie has no point there.
+
+    Raises:
+        InputError: without a comparison.
+        StorageError: when a file cannot be written.
+    """
+    if not table:
+        raise InputError("a head-to-head figure needs at least one comparison.")
+    judges = list(dict.fromkeys(row.judge for row in table))
+    panels = {
+        "Models": [row for row in table if row.family not in CONTROLS],
+        "Controls: null responses, and the labels of the data": [
+            row for row in table if row.family in CONTROLS
+        ],
+    }
+    panels = {title: rows for title, rows in panels.items() if rows}
+    names = {title: list(dict.fromkeys(map(_matchup, rows))) for title, rows in panels.items()}
+    num_rows = [len(own) for own in names.values()]
+    with paper_style():
+        height = 1.0 + 0.35 * len(panels) + (0.1 + 0.1 * len(judges)) * sum(num_rows)
+        figure = new_figure(DOUBLE_COLUMN, height)
+        grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=num_rows)
+        for axes, (title, rows) in zip(grid[:, 0], panels.items(), strict=True):
+            axes.axvline(50, color=INK, lw=0.8, zorder=1)
+            _draw_matchups(axes, rows, names[title], judges)
+            axes.set(title=title, xlim=(-2, 102))
+            axes.tick_params(labelbottom=True)
+        axes.set_xlabel("Win rate of the one named first (%)")
+        _judge_legend(figure, judges)
+        caption(figure, _matchup_caption(table))
+        header = [field.name for field in fields(HeadToHead)]
         return save_figure(figure, out_stem, header, [astuple(row) for row in table])
 
 
@@ -295,6 +341,53 @@ def _win_rate_caption(rows: Sequence[WinRateRow]) -> str:
     text += f"Bars: {rows[0].confidence:.0%} Wilson intervals, ties left out."
     if any(row.kind == "null" for row in rows):
         text += " Dashed: null responses; band: interval of the strongest."
+    return text
+
+
+def comparison_name(a: str, b: str, temperature: float | None) -> str:
+    """`dpo against sft, t = 0.5`; of the data's own responses there is no temperature."""
+    return f"{a} against {b}" + ("" if temperature is None else f", t = {temperature:g}")
+
+
+def _matchup(row: HeadToHead) -> str:
+    return comparison_name(row.a, row.b, row.temperature)
+
+
+def _draw_matchups(
+    axes: Axes, rows: Sequence[HeadToHead], names: Sequence[str], judges: Sequence[str]
+) -> None:
+    """A row a name; within it the judges from top to bottom."""
+    gap = 0.6 / len(judges)
+    for index, judge in enumerate(judges):
+        own = [row for row in rows if row.judge == judge and row.win_rate is not None]
+        below = (index - (len(judges) - 1) / 2) * gap
+        draw_intervals(
+            axes,
+            [-names.index(_matchup(row)) - below for row in own],
+            [row.win_rate or 0.0 for row in own],
+            [Interval(row.low, row.high) for row in own],
+            index,
+            filled=not any(row.family in CONTROLS for row in own),
+        )
+    name_rows(axes, [plain(name) for name in names])
+
+
+def _judge_legend(figure: Figure, judges: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], ls="", label=f"judge: {plain(judge)}", **look(index))
+        for index, judge in enumerate(judges)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=4)
+
+
+def _matchup_caption(table: Sequence[HeadToHead]) -> str:
+    n = _range_text([row.n for row in table])
+    text = f"n = {n} comparisons a point. Bars: {table[0].confidence:.0%} Wilson intervals, "
+    text += "prompts as clusters, ties left out."
+    if any(row.win_rate is None for row in table):
+        text += " No point: nothing but ties."
     return text
 
 

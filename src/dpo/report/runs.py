@@ -16,7 +16,7 @@ from dpo.evaluate.jobs import Evaluation
 from dpo.evaluate.paired import PairedTest, power_lines
 from dpo.evaluate.tables import render_win_rates
 from dpo.evaluate.true_reward import RewardRow
-from dpo.report.figures import run_curves_figure, win_rate_figure
+from dpo.report.figures import head_to_head_figure, run_curves_figure, win_rate_figure
 from dpo.report.judges import agreement_table, head_to_head_table
 from dpo.train.held_out import HELD_OUT
 from dpo.train.run import read_manifest, read_metrics
@@ -82,8 +82,8 @@ def run_table(folder: Path, metrics: list[dict[str, Any]]) -> Table:
 
 
 def finish_evaluation(evaluation: Evaluation) -> None:
-    """Draw the win rates and print the tables."""
-    win_rate_figure(evaluation.table, evaluation.folder / "figures" / "win_rate")
+    """Draw the win rates, those of the other judges too, and print the tables."""
+    evaluation_figures(evaluation, evaluation.folder / "figures")
     console = Console()
     console.print(render_win_rates(evaluation.table))
     if evaluation.rewards:
@@ -97,6 +97,13 @@ def finish_evaluation(evaluation: Evaluation) -> None:
         if evaluation.duels.agreement:
             console.print(agreement_table(evaluation.duels.agreement))
     console.print(Text(f"Tables and figures: {evaluation.folder}"))
+
+
+def evaluation_figures(evaluation: Evaluation, figures: Path) -> None:
+    """The win rates, and head to head where judges were asked."""
+    win_rate_figure(evaluation.table, figures / "win_rate")
+    if evaluation.duels and evaluation.duels.table:
+        head_to_head_figure(evaluation.duels.table, figures / "head_to_head")
 
 
 def reward_table(rows: list[RewardRow]) -> Table:

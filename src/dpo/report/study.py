@@ -14,13 +14,14 @@ from rich.text import Text
 
 from dpo.atomic import write_text
 from dpo.data.audit import visible
-from dpo.evaluate.paired import PairedTest
+from dpo.evaluate.head_to_head import HeadToHead
+from dpo.evaluate.paired import PairedTest, power_lines
 from dpo.evaluate.records import ScoredGeneration
 from dpo.evaluate.tables import render_win_rates
 from dpo.report.exact_study import DPO
-from dpo.report.figures import TrainingCurve, training_curves_figure, win_rate_figure
+from dpo.report.figures import TrainingCurve, training_curves_figure
 from dpo.report.frontier_study import Cost
-from dpo.report.runs import tests_table
+from dpo.report.runs import evaluation_figures, tests_table
 from dpo.report.study_claims import claims_table
 from dpo.report.study_results import SFT, CellResult, Study
 from dpo.report.tables import Cells, Tables, markdown, save_tables, spread
@@ -34,7 +35,7 @@ def write_study(study: Study) -> None:
     """
     figures = study.folder / "figures"
     training_curves_figure(curves(study), figures / "training")
-    win_rate_figure(study.evaluation.table, figures / "win_rate")
+    evaluation_figures(study.evaluation, figures)
     found = tables(study)
     save_tables(study.folder, found)
     stream = io.StringIO()
@@ -50,6 +51,8 @@ def write_study(study: Study) -> None:
     console.print(_table("Cost of a run", found["cost"]))
     console.print(render_win_rates(study.evaluation.table))
     console.print(tests_table(study.evaluation.tests))
+    for line in power_lines(study.evaluation.tests):
+        console.print(Text(line))
     console.print(Text(f"Page: {study.folder / 'README.md'}   figures: {figures}"))
 
 
@@ -83,6 +86,8 @@ def tables(study: Study) -> Tables:
         "against the strongest null": against_null_table(study),
         "dpo against the others": against_dpo_table(study),
     }
+    if study.evaluation.duels is not None:
+        found["head to head"] = head_to_head_lines(study.evaluation.duels.table)
     if study.reward_models:
         found["reward model"] = reward_model_table(study.reward_models)
     return found
@@ -225,6 +230,29 @@ def against_dpo_table(study: Study) -> list[Cells]:
     return _test_table([t for t in tests if _is_dpo(t.model_a) != _is_dpo(t.model_b)])
 
 
+def head_to_head_lines(rows: Sequence[HeadToHead]) -> list[Cells]:
+    """Every judge's verdicts on the first against the second."""
+    head = ["judge", "kind", "first", "second", "temperature", "n", "win rate of the first"]
+    return [
+        [*head, "95% interval", "ties", "sign test p"],
+        *(
+            [
+                row.judge,
+                row.family,
+                row.a,
+                row.b,
+                _number(row.temperature),
+                str(row.n),
+                "" if row.win_rate is None else f"{row.win_rate:.1%}",
+                f"[{row.low:.1%}, {row.high:.1%}]",
+                str(row.ties),
+                f"{row.sign_p_holm:.3f}",
+            ]
+            for row in rows
+        ),
+    ]
+
+
 def _is_dpo(model: str) -> bool:
     return model.startswith(DPO)
 
@@ -297,7 +325,9 @@ def page(study: Study, samples: Sequence[dict[str, str]]) -> str:
         "DPO against the others, on the same prompts:",
         markdown(found["dpo against the others"]),
         TESTS_NOTE,
+        *power_lines(study.evaluation.tests),
         *_claims(found),
+        *_head_to_head(found),
         "## Cost",
         markdown(found["cost"]),
         COST_NOTE,
@@ -335,6 +365,18 @@ def _claims(found: Tables) -> list[str]:
     if len(found["claims"]) == 1:
         return []
     return ["## Simpler, faster, better?", markdown(found["claims"]), CLAIMS_NOTE]
+
+
+def _head_to_head(found: Tables) -> list[str]:
+    if "head to head" not in found:
+        return []
+    return [
+        "## Head to head",
+        "Which of two responses to the same prompt each judge prefers; `nulls` and `labels` are "
+        "controls, which say something of the judge alone.",
+        markdown(found["head to head"]),
+        "![Win rates head to head](figures/head_to_head.png)",
+    ]
 
 
 def _reward_model(found: Tables) -> list[str]:

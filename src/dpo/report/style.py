@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo.atomic import replace_file, storage_errors, write_text
+from dpo.core.stats import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,6 +116,32 @@ def plain(text: str) -> str:
 def caption(figure: Figure, text: str) -> None:
     """A small grey line under the figure: what the bars are, and n."""
     figure.supxlabel(text, x=0.01, ha="left", fontsize=6.8, color=MUTED)
+
+
+def draw_intervals(
+    axes: Axes,
+    heights: Sequence[float],
+    shares: Sequence[float],
+    intervals: Sequence[Interval],
+    index: int,
+    *,
+    label: str | None = None,
+    filled: bool = True,
+) -> None:
+    """Shares with their intervals, in per cent, as points with bars at those heights; colour and
+    marker are those of the series with that index.
+    """
+    values = 100 * np.array(shares)
+    ends = 100 * np.array([tuple(interval) for interval in intervals]).reshape(-1, 2)
+    errors = np.maximum([values - ends[:, 0], ends[:, 1] - values], 0)
+    style = look(index) | {"ls": ""} | ({} if filled else {"mfc": "white"})
+    axes.errorbar(values, heights, xerr=errors, label=label, elinewidth=1.1, zorder=3, **style)
+
+
+def name_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Make room for a row for each label, the first on top at height 0, the next at -1, ..."""
+    axes.set_yticks(-np.arange(len(labels)), labels)
+    axes.set_ylim(-len(labels) + 0.4, 0.6)
 
 
 def label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:

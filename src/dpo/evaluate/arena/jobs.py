@@ -12,6 +12,7 @@ from rich.text import Text
 
 from dpo.data.files import printable
 from dpo.evaluate.arena.judgements import (
+    JUDGEMENTS,
     JudgementFile,
     Summary,
     describe,
@@ -55,7 +56,7 @@ def hold_arena(
     alone = _alone(answers, a, b, met)
     if alone:
         log.warning("%d answers of the two have no counterpart and are left out.", alone)
-    file = JudgementFile(out or folders[0] / "judgements.jsonl")
+    file = JudgementFile(out or folders[0] / JUDGEMENTS)
     try:
         session = Session(pairs, file, annotator=annotator, seed=seed)
         with ArenaServer(session, port=port) as server:

@@ -22,9 +22,12 @@ from dpo.errors import InputError
 from dpo.evaluate.agreement import Agreement, agreement_table
 from dpo.evaluate.arena.pairs import Side, first_problem
 from dpo.evaluate.matchups import CHOSEN, JudgedMatchup
-from dpo.evaluate.records import Verdict
+from dpo.evaluate.records import Verdict, prompts_won
 
 JudgementVerdict = Literal["win", "loss", "tie", "skip"]
+
+JUDGEMENTS = "judgements.jsonl"
+"""In the first folder that an arena was held on, where nothing else is asked for."""
 
 SENTENCE_BERT = "Sentence-BERT"
 """What a summary calls it, beside the names of annotators."""
@@ -248,7 +251,8 @@ def summary_of(a: str, b: str, judgements: Sequence[Judgement]) -> Summary:
     seen = [x for x in judgements if x.left is not None and x.verdict != "skip"]
     decided = [x for x in seen if x.verdict != "tie"]
     prompts = [x.prompt_digest for x in decided]
-    for_a, for_b = _prompts_won(decided)
+    won = [x.verdict == "win" for x in decided]
+    for_a, for_b = prompts_won(won, prompts)
     seconds = [x.seconds for x in seen if x.seconds is not None]
     verdicts = Counter(x.verdict for x in seen)
     return Summary(
@@ -261,7 +265,7 @@ def summary_of(a: str, b: str, judgements: Sequence[Judgement]) -> Summary:
         ties=verdicts["tie"],
         identical=len({x.pair for x in judgements if x.left is None}),
         skipped=sum(x.verdict == "skip" for x in judgements),
-        win_rate=_share([x.verdict == "win" for x in decided], prompts),
+        win_rate=_share(won, prompts),
         prompts_a=for_a,
         prompts_b=for_b,
         sign_test_p=mcnemar_exact(for_a, for_b),
@@ -269,14 +273,6 @@ def summary_of(a: str, b: str, judgements: Sequence[Judgement]) -> Summary:
         median_seconds=statistics.median(seconds) if seconds else None,
         agreements=tuple(_agreements(seen)),
     )
-
-
-def _prompts_won(decided: Sequence[Judgement]) -> tuple[int, int]:
-    """On how many prompts a wins more often than it loses, and less often."""
-    lead: Counter[str] = Counter()
-    for judgement in decided:
-        lead[judgement.prompt_digest] += 1 if judgement.verdict == "win" else -1
-    return sum(n > 0 for n in lead.values()), sum(n < 0 for n in lead.values())
 
 
 def _share(successes: Sequence[bool], prompts: Sequence[Hashable]) -> Share:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any, Literal, get_args
 
+from dpo.data.files import page_text
 from dpo.errors import InputError
 from dpo.evaluate.arena.judgements import (
     Judgement,
@@ -24,9 +24,6 @@ from dpo.evaluate.arena.pairs import Pair, Side
 
 Choice = Literal["left", "right", "tie", "skip"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
-
-_REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-"""Bidirectional classes of the marks that change the order of the text after them."""
 
 
 class Session:
@@ -84,9 +81,9 @@ class Session:
             pair = self._queue[-1]
             if self._shown_since is None or self._shown_since[0] != pair.id:
                 self._shown_since = pair.id, self._clock()
-            a, b = shown_text(pair.a.text), shown_text(pair.b.text)
+            a, b = page_text(pair.a.text), page_text(pair.b.text)
             left, right = (a, b) if pair.left(self._seed) == "a" else (b, a)
-            prompt = shown_text(pair.prompt)
+            prompt = page_text(pair.prompt)
             shown = {"id": pair.id, "prompt": prompt, "left": left, "right": right}
             return {**self.progress(), "pair": shown}
 
@@ -157,22 +154,6 @@ def _verdict(choice: Choice, left: Side | None) -> JudgementVerdict:
     if choice == "tie" or choice == "skip":
         return choice
     return "win" if (choice == "left") == (left == "a") else "loss"
-
-
-def shown_text(text: str) -> str:
-    r"""Text that a page shows as it is: marks that reorder what follows, and control characters
-    other than line ends and tabs, are written out.
-
-    >>> shown_text("a\r\nb\x1b[31m \u202edesrever")
-    'a\nb\\x1b[31m \\u202edesrever'
-    """
-    return "".join(ascii(c)[1:-1] if _is_hidden(c) else c for c in text.replace("\r\n", "\n"))
-
-
-def _is_hidden(c: str) -> bool:
-    if c in "\n\t":
-        return False
-    return unicodedata.category(c) in {"Cc", "Cs"} or unicodedata.bidirectional(c) in _REORDERING
 
 
 def _now() -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from dpo.report.page import samples
-from dpo.report.page.blocks import Block, Code, Facts, Page, Prose, Table
+from dpo.report.page.blocks import Block, Code, Facts, Page, Table
 from dpo.report.page.folders import EvaluationFolder, Record, number
 from dpo.report.page.images import figures_of
 from dpo.report.page.parts import (
@@ -15,6 +15,7 @@ from dpo.report.page.parts import (
     data_name,
     diagnostics_blocks,
     page_title,
+    people_blocks,
     sections,
 )
 from dpo.report.page.reproduce import command_line, settings_of_evaluation
@@ -34,7 +35,7 @@ def evaluation_page(evaluation: EvaluationFolder) -> Page:
             ("run", "What was run", [Facts(evaluation_facts(evaluation.meta))]),
             ("results", "Win rates", [*figures_of(evaluation.folder), *result_tables(evaluation)]),
             ("samples", "Samples", [browser(samples.of_evaluation(evaluation.folder))]),
-            ("people", "What people say", people_blocks(evaluation)),
+            ("people", "What people say", people_blocks(evaluation.judgements)),
             (
                 "diagnostics",
                 "Diagnostics",
@@ -195,15 +196,6 @@ def agreement_table(rows: Sequence[Record]) -> Table | None:
     head = ["judges", "comparisons", "n", "agree", "kappa", "interval"]
     note = "Cohen's kappa over win, loss and tie; bootstrap over prompts."
     return Table(head, lines, "Agreement between judges", note)
-
-
-def people_blocks(evaluation: EvaluationFolder) -> list[Block]:
-    """Judgements of `dpo arena`, a block for each two responders."""
-    return [
-        block
-        for summary in evaluation.judgements
-        for block in (Prose([summary["pair"]]), Facts(summary["lines"]))
-    ]
 
 
 def reward_table(rows: Sequence[Record]) -> Table | None:

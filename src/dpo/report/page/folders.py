@@ -16,7 +16,7 @@ from typing import Any
 
 from dpo.core.reward_losses import ordered_margins
 from dpo.errors import InputError
-from dpo.evaluate.arena.judgements import describe, read_judgements, summarise
+from dpo.evaluate.arena.judgements import JUDGEMENTS, describe, read_judgements, summarise
 from dpo.report.tables import Cells
 from dpo.train.held_out import read_held_out
 from dpo.train.reward import SCORED
@@ -62,6 +62,8 @@ class RunFolder:
     """The counts of `data/audit`, by name."""
     diagnostics: Record
     margins: list[Margin]
+    judgements: list[Record]
+    """Of people, as `dpo arena` sums them up: `pair`, and `lines` of labels with values."""
 
     @property
     def held_out(self) -> list[Record]:
@@ -85,7 +87,7 @@ class EvaluationFolder:
     head_to_head: list[Record]
     agreement: list[Record]
     judgements: list[Record]
-    """Of people, as `dpo arena` sums them up: `pair`, and `lines` of labels with values."""
+    """Of people, as those of a run."""
     diagnostics: Record
 
 
@@ -152,6 +154,7 @@ def gather_run(folder: Path) -> RunFolder:
         audit=read_json(folder / DATA_AUDIT),
         diagnostics=read_json(folder / "diagnostics.json"),
         margins=held_out_margins(folder),
+        judgements=read_people(folder / JUDGEMENTS),
     )
 
 
@@ -166,7 +169,7 @@ def gather_evaluation(folder: Path) -> EvaluationFolder:
         rewards=read_csv(folder / "true_rewards.csv"),
         head_to_head=read_csv(folder / "head_to_head.csv"),
         agreement=read_csv(folder / "agreement.csv"),
-        judgements=read_people(folder / "judgements.jsonl"),
+        judgements=read_people(folder / JUDGEMENTS),
         diagnostics=read_json(folder / "diagnostics.json"),
     )
 

@@ -11,9 +11,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from dpo.errors import InputError
+from dpo.evaluate.head_to_head import HeadToHead
 from dpo.evaluate.winrate import WinRateRow
-from dpo.report.figures import run_curves_figure, win_rate_figure
+from dpo.report.figures import head_to_head_figure, run_curves_figure, win_rate_figure
 from dpo.report.page.blocks import Figure
 from dpo.report.page.folders import EvaluationFolder, Record, RunFolder
 from dpo.report.page.verdict import models_of
@@ -25,6 +28,7 @@ MAX_BYTES = 2_000_000
 TITLES = {
     "training": "Training: batches and held-out rows",
     "win_rate": "Win rate against sampling temperature",
+    "head_to_head": "Head to head: which of two responses each judge prefers",
     "reward_kl": "Reward against KL",
     "frontier": "Reward against KL",
     "cost": "Area under the frontier against seconds",
@@ -56,10 +60,14 @@ def draw_run(run: RunFolder) -> None:
 
 
 def draw_evaluation(evaluation: EvaluationFolder) -> None:
-    """The win rates, where they are not drawn yet."""
-    stem = evaluation.folder / "figures" / "win_rate"
-    if not stem.with_suffix(".svg").is_file() and models_of(evaluation.win_rates):
-        win_rate_figure([_win_rate_row(row) for row in evaluation.win_rates], stem)
+    """The win rates, and those of the judges head to head, where they are not drawn yet."""
+    figures = evaluation.folder / "figures"
+    if not (figures / "win_rate.svg").is_file() and models_of(evaluation.win_rates):
+        win_rate_figure([_win_rate_row(row) for row in evaluation.win_rates], figures / "win_rate")
+    if not (figures / "head_to_head.svg").is_file() and evaluation.head_to_head:
+        with suppress(ValidationError):  # of another version
+            rows = [_head_to_head_row(row) for row in evaluation.head_to_head]
+            head_to_head_figure(rows, figures / "head_to_head")
 
 
 def _win_rate_row(row: Record) -> WinRateRow:
@@ -68,12 +76,22 @@ def _win_rate_row(row: Record) -> WinRateRow:
     return WinRateRow(**values)
 
 
-def figures_of(folder: Path, *, diagnostic: bool = False) -> list[Figure]:
-    """The images in the folder's `figures`, those that are known first; of diagnostics or not."""
+def _head_to_head_row(row: Record) -> HeadToHead:
+    """A line of head_to_head.csv, whose empty cells are None."""
+    values = {name: None if text == "" else text for name, text in row.items()}
+    return TypeAdapter(HeadToHead).validate_python(values)
+
+
+def figures_of(folder: Path, *, diagnostic: bool = False, page: Path | None = None) -> list[Figure]:
+    """The images in the folder's `figures`, those that are known first; of diagnostics or not.
+
+    Args:
+        page: the folder of the page, if it is another one.
+    """
     stems = {file.stem for suffix in KINDS for file in folder.glob(f"figures/*{suffix}")}
     stems = stems & DIAGNOSTIC if diagnostic else stems - DIAGNOSTIC
     ordered = sorted(stems, key=lambda stem: (_place(stem), stem))
-    found = (figure_of(folder, folder / "figures" / stem) for stem in ordered)
+    found = (figure_of(page or folder, folder / "figures" / stem) for stem in ordered)
     return [figure for figure in found if figure is not None]
 
 

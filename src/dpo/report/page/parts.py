@@ -17,7 +17,9 @@ from dpo.report.page import samples
 from dpo.report.page.blocks import (
     Block,
     Code,
+    Facts,
     Link,
+    Prose,
     Reading,
     Readings,
     SampleBrowser,
@@ -82,8 +84,23 @@ def metric(row: Record, key: str, margins: Sequence[Margin] = ()) -> str:
     return decimal(value) if math.isnan(error) else f"{decimal(value)} ± {error:.2g}"
 
 
-def diagnostics_blocks(folder: Path, diagnostics: Record) -> list[Block | None]:
-    """The readings, warnings first, their figures, and the numbers that they were made of."""
+def people_blocks(judgements: Sequence[Record]) -> list[Block]:
+    """What people said in `dpo arena`, a summary for each two responders."""
+    return [
+        block
+        for summary in judgements
+        for block in (Prose([summary["pair"]]), Facts(summary["lines"]))
+    ]
+
+
+def diagnostics_blocks(
+    folder: Path, diagnostics: Record, *, page: Path | None = None
+) -> list[Block | None]:
+    """The readings, warnings first, their figures, and the numbers that they were made of.
+
+    Args:
+        page: the folder of the page, if it is not that of the diagnostics.
+    """
     fields = ("level", "title", "sentence", "what_to_do")
     readings = [
         Reading(*(str(reading.get(field, "")) for field in fields))
@@ -92,7 +109,7 @@ def diagnostics_blocks(folder: Path, diagnostics: Record) -> list[Block | None]:
     readings.sort(key=lambda reading: LEVELS.get(reading.level, len(LEVELS)))
     return [
         Readings(readings) if readings else None,
-        *figures_of(folder, diagnostic=True),
+        *figures_of(folder, diagnostic=True, page=page),
         as_yaml("Numbers", diagnostics.get("numbers") or {}),
     ]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dpo import __version__
+from dpo.data.files import page_text
 from dpo.report.page.blocks import Page
-from dpo.report.page.words import shown
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
@@ -62,4 +62,4 @@ def _environment() -> Environment:
 def _written_out(value: object) -> object:
     """Text that stands in no template, its control characters written out; escaping follows."""
     is_markup = hasattr(value, "__html__")  # marked as safe in the template
-    return shown(value) if isinstance(value, str) and not is_markup else value
+    return page_text(value) if isinstance(value, str) and not is_markup else value

@@ -14,6 +14,7 @@ from dpo.report.page.parts import (
     metric,
     model_name,
     page_title,
+    people_blocks,
     sections,
 )
 from dpo.report.page.reproduce import command_line
@@ -43,6 +44,7 @@ def run_page(run: RunFolder) -> Page:
             ("results", "Held-out rows", [held_out_table(run)]),
             ("curves", "Curves", figures_of(run.folder)),
             ("samples", "Samples", [browser(samples.of_run(run.folder, title))]),
+            ("people", "What people say", people_blocks(run.judgements)),
             ("diagnostics", "Diagnostics", diagnostics_blocks(run.folder, run.diagnostics)),
             ("data", "Data", data_blocks(run)),
             ("configuration", "Configuration", [as_yaml("config.json", run.config)]),

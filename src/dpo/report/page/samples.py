@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo.data.files import page_text
 from dpo.report.page.folders import Record, number, read_jsonl
-from dpo.report.page.words import shown
 from dpo.train.reward import SCORED
 
 MAX_RESPONSES = 2_000
@@ -98,15 +98,15 @@ class Samples:
         """
         value = [
             {
-                "prompt": shown(sample.prompt),
+                "prompt": page_text(sample.prompt),
                 "responses": [
                     {
-                        "name": shown(r.name),
-                        "text": shown(r.text),
+                        "name": page_text(r.name),
+                        "text": page_text(r.text),
                         "given": r.given,
                         "temperature": r.temperature,
                         "verdict": r.verdict,
-                        "note": shown(r.note),
+                        "note": page_text(r.note),
                     }
                     for r in sample.responses
                 ],

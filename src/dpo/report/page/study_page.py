@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 from dpo.report.page import samples
 from dpo.report.page.blocks import Block, Cell, Code, Facts, Page, Table
 from dpo.report.page.evaluation_page import result_tables
-from dpo.report.page.folders import STUDY_FILE, StudyFolder
+from dpo.report.page.folders import STUDY_FILE, Record, StudyFolder
 from dpo.report.page.images import figures_of
 from dpo.report.page.parts import (
     as_yaml,
     browser,
+    diagnostics_blocks,
     model_name,
     page_title,
+    people_blocks,
     plain_table,
     run_link,
     sections,
@@ -40,6 +43,8 @@ def study_page(study: StudyFolder) -> Page:
                 "Samples",
                 [browser(None if held is None else samples.of_evaluation(held))],
             ),
+            ("people", "What people say", people_blocks(judgements_in(study))),
+            ("diagnostics", "Diagnostics", study_diagnostics(study)),
             ("runs", "Runs", [runs_table(study)]),
             ("configuration", "Configuration", [as_yaml("Configuration", study.config)]),
             ("environment", "Environment", [as_yaml("Environment", study.manifest)]),
@@ -69,6 +74,42 @@ def study_tables(study: StudyFolder) -> list[Block | None]:
     return [
         plain_table(table, "" if name == "table" else name.capitalize()) for name, table in named
     ]
+
+
+def judgements_in(study: StudyFolder) -> list[Record]:
+    """What people judged of the study's evaluation, and of its runs."""
+    of_evaluation = [] if study.evaluation is None else study.evaluation.judgements
+    return [*of_evaluation, *(summary for run in study.runs for summary in run.judgements)]
+
+
+def study_diagnostics(study: StudyFolder) -> list[Block | None]:
+    """What was found in each run, with the way to its page; and the evaluation's diagnostics."""
+    evaluation = study.evaluation
+    of_evaluation = (
+        []
+        if evaluation is None
+        else diagnostics_blocks(evaluation.folder, evaluation.diagnostics, page=study.folder)
+    )
+    return [findings_table(study), *of_evaluation]
+
+
+def findings_table(study: StudyFolder) -> Table | None:
+    """The titles of the warnings and notes of every run that was diagnosed."""
+    rows: list[list[Cell]] = []
+    for run in study.runs:
+        readings = run.diagnostics.get("readings")
+        if readings is None:
+            continue
+        link = run_link(study.folder, run.folder)
+        titles = [
+            ", ".join(str(r.get("title")) for r in readings if r.get("level") == level)
+            for level in ("warning", "note")
+        ]
+        rows.append([replace(link, href=f"{link.href}#diagnostics"), *titles])
+    if not rows:
+        return None
+    note = "What each says, and what to do about it, stands in the page of the run."
+    return Table(["run", "warnings", "notes"], rows, "Diagnostics of the runs", note)
 
 
 def runs_table(study: StudyFolder) -> Table | None:

@@ -5,26 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dpo.data.audit import visible
 from dpo.report.page.folders import number
 
 CHANCE = 0.5
 
 ROUNDING = 1e-8
 """Below this a measured number is what rounding left of 0."""
-
-
-def shown(text: str) -> str:
-    """Text for a page: line ends and tabs stay, every other control character, lone surrogate and
-    mark that reorders text is written out, so that what is read is what is there.
-
-    >>> shown("a\\u202eb\\n\\x1b")
-    'a\\\\u202eb\\n\\\\x1b'
-    """
-    return "\n".join(
-        "\t".join(visible(cell) for cell in line.split("\t"))
-        for line in text.replace("\r\n", "\n").split("\n")
-    )
 
 
 def decimal(value: object, digits: int = 4) -> str:
