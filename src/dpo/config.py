@@ -233,6 +233,32 @@ class PreferenceEvaluation(EvaluationDuringTraining):
         return self
 
 
+def _kind_shorthand(value: Any) -> Any:
+    """`adapter=lora` means `adapter.kind=lora`."""
+    if isinstance(value, str):
+        return {"kind": value}
+    if isinstance(value, Mapping) and "path" in value:  # what `adapter=lora adapter.rank=8` became
+        return {"kind": value["path"]} | {key: value[key] for key in value if key != "path"}
+    return value
+
+
+class AdapterConfig(Section):
+    """A few trained matrices beside frozen weights (docs/adapters.md)."""
+
+    kind: Literal["lora", "dora", "rslora"] = Field("lora", description="lora, dora or rslora.")
+    rank: Count | None = Field(None, description="Of each matrix; none: 16.")
+    alpha: Positive | None = Field(
+        None, description="Scale: alpha/rank (rslora: alpha/sqrt(rank)); none: 32."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Of an adapter's input while training.")
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Last parts of the names of linear layers; none: all but the head."
+    )
+    quantize: Literal["4bit", "8bit"] | None = Field(
+        None, description="How the frozen weights are held (QLoRA); needs a GPU and bitsandbytes."
+    )
+
+
 class RunConfig(Section):
     """What every training command takes."""
 
@@ -247,8 +273,24 @@ class RunConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, slower."
     )
+    adapter: Annotated[AdapterConfig | None, BeforeValidator(_kind_shorthand)] = Field(
+        None, description="Train an adapter and leave the weights; none: train all of them."
+    )
     evaluation: EvaluationDuringTraining = EvaluationDuringTraining()
     save_every: Every = Field("epoch", description="'epoch', or steps.")
+
+    @model_validator(mode="after")
+    def _adapter_on_a_trained_model(self) -> RunConfig:
+        if self.adapter is not None and self.model.fresh is not None:
+            raise ValueError(
+                "adapter: random weights (model.fresh) are trained whole; leave it out"
+            )
+        return self
+
+    @property
+    def draws_dropout(self) -> bool:
+        """Whether a training step depends on random numbers."""
+        return self.dropout or (self.adapter is not None and self.adapter.dropout > 0)
 
 
 class TrainingConfig(RunConfig):
@@ -281,6 +323,15 @@ class MovingReferenceConfig(Section):
     every: Count = Field(512, description="Optimizer steps between two updates.")
 
 
+def check_frozen_reference(config: RunConfig, *keys: str) -> None:
+    """With an adapter the reference is the policy's own model at its start, which stays."""
+    for key in keys:
+        if config.adapter is not None and getattr(config, key):
+            raise ValueError(
+                f"{key}: with an adapter the reference stays as it was; leave one of them out"
+            )
+
+
 class PreferenceConfig(TrainingConfig):
     """DPO or another preference loss, from an SFT model."""
 
@@ -310,6 +361,11 @@ class PreferenceConfig(TrainingConfig):
         for name, used in unused.items():
             if getattr(self, name) is not None and not used:
                 raise ValueError(f"{name}: has no effect, {self.loss.name} takes no reference")
+        return self
+
+    @model_validator(mode="after")
+    def _no_mixture_of_adapters(self) -> PreferenceConfig:
+        check_frozen_reference(self, "moving_reference")
         return self
 
     @property

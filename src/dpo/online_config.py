@@ -13,6 +13,7 @@ from dpo.config import (
     MovingReferenceConfig,
     RewardSource,
     RunConfig,
+    check_frozen_reference,
     shorthand,
 )
 from dpo.loss_config import DPOLossConfig, LossConfig, MixLossConfig, takes_reference, with_name
@@ -116,6 +117,7 @@ class OnlineConfig(RunConfig):
 
     @model_validator(mode="after")
     def _reference_has_an_effect(self) -> OnlineConfig:
+        check_frozen_reference(self, "moving_reference", "reset_reference_each_round")
         if self.moving_reference is not None and self.reset_reference_each_round:
             raise ValueError("give moving_reference or reset_reference_each_round, not both")
         if not takes_reference(self.loss):
@@ -201,6 +203,13 @@ class PPOConfig(RunConfig):
     def _a_ratio_of_two_policies(self) -> PPOConfig:
         if self.dropout:
             raise ValueError("dropout: PPO compares probabilities, and dropout changes both")
+        if self.adapter is not None and self.adapter.dropout > 0:
+            raise ValueError("adapter.dropout: PPO compares probabilities; dropout changes both")
+        if self.adapter is not None and self.critic == "reward_model":
+            raise ValueError(
+                "critic: reward_model is trained whole, so it does not go with an adapter; take "
+                "separate or shared"
+            )
         if self.sampling.temperature != 1:
             raise ValueError("sampling.temperature: PPO samples from the policy itself, at 1")
         if self.batch.size > self.responses_per_round:

@@ -95,7 +95,7 @@ def snapshot(
     The random state needs no saving: order, dropout and samples are functions of seed and step.
 
     Args:
-        policy: its parameters are saved by name, tied ones once.
+        policy: the parameters that it trains are saved by name, tied ones once.
         optimizer: AdamW over the policy's parameters.
         state: JSON; must hold `step`, the number of optimizer steps taken.
         companion: another model that changes while training: a moving reference.
@@ -237,8 +237,9 @@ def _put_back(model: nn.Module, file: Path) -> None:
 
 
 def _weights(policy: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once."""
-    tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    """What training changes: parameters by name, tied ones once, frozen ones not; and buffers."""
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    tensors = trained | dict(policy.named_buffers())
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 

@@ -20,6 +20,7 @@ from dpo.atomic import replace_folder
 from dpo.config import RunConfig, TrainingConfig
 from dpo.data.order import batch_rows, split_by_tokens, steps_per_epoch
 from dpo.errors import DivergedError, Stopped
+from dpo.models.adapters import parameter_counts, train_adapters
 from dpo.models.recompute import recompute_without_dropout
 from dpo.progress import counting
 from dpo.train import checkpoint
@@ -273,6 +274,7 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
         seconds_training=round(progression.seconds, 3),
         best_step=progression.best_step,
         best_loss=progression.best_loss,
+        **parameter_counts(policy),
     )
 
 
@@ -295,6 +297,8 @@ def training_step(
     weight = method.weight(rows)
     costs = [method.num_tokens(row) for row in rows]
     policy.train(config.dropout)
+    if config.adapter is not None:
+        train_adapters(policy)
     if config.gradient_checkpointing:
         recompute_without_dropout(policy)
     optimizer.zero_grad(set_to_none=True)
@@ -304,7 +308,7 @@ def training_step(
     if method.whole_batch:
         micro_batches = [list(range(len(rows)))]
     for number, members in enumerate(micro_batches):
-        if config.dropout:
+        if config.draws_dropout:
             _seed_dropout(config.seed, step, number)
         with _denormals_as_zero():
             result = method.loss(policy, [rows[i] for i in members])

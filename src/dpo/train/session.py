@@ -22,6 +22,7 @@ from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, Unpai
 from dpo.data.split import prompt_digest
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
+from dpo.models.adapters import AdapterSettings, open_model
 from dpo.models.export import model_card, save_pretrained
 from dpo.models.fresh import fresh_gpt2, train_tokenizer
 from dpo.models.generate import generate
@@ -29,7 +30,6 @@ from dpo.models.load import (
     check_fit,
     find_model,
     find_tokenizer,
-    load_model,
     load_tokenizer,
     max_positions,
     pick_device,
@@ -71,11 +71,13 @@ def open_policy(
     trust_remote_code: bool,
     *,
     key: str = "model",
+    adapter: AdapterSettings | None = None,
 ) -> Policy:
     """Load a model, or make a fresh one with a tokenizer learnt from the texts.
 
     Args:
         key: what the user calls it, for messages.
+        adapter: of a model that is loaded; without one, an adapter that is found is merged.
 
     Raises:
         InputError: there is no such model, or the tokenizer does not fit it.
@@ -94,10 +96,12 @@ def open_policy(
         if config.tokenizer is None
         else find_tokenizer(config.tokenizer, trust_remote_code=trust_remote_code)
     )
-    model = load_model(source)
+    model = open_model(source, adapter=adapter, seed=seed)
     check_fit(model, tokenizer, name=config.path)
     template = load_template(Path(source.path)) if source.local else None
-    return Policy(model.to(pick_device()), tokenizer, template, config.path)
+    if not getattr(model, "is_quantized", False):  # that one is where it was made
+        model = model.to(pick_device())
+    return Policy(model, tokenizer, template, config.path)
 
 
 def open_reference(
