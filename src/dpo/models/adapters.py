@@ -38,7 +38,7 @@ from dpo.models.load import (
     load_model,
     weights_digest,
 )
-from dpo.models.plan import as_evaluated
+from dpo.models.plan import as_evaluated, share_plan
 
 log = logging.getLogger("dpo")
 
@@ -367,12 +367,12 @@ class PolicyAtStart(nn.Module):
         super().__init__()
         self._policy = (policy,)  # in a tuple: no part of this module, which has its own mode
         self.config = policy.config
-        self._supports_attention_backend = getattr(policy, "_supports_attention_backend", False)
         self._kept = {
             name: parameter.detach().clone()
             for name, parameter in policy.named_parameters()
             if continued and _of_adapter(name)
         }
+        share_plan(self, policy)
         self.eval()
 
     def forward(self, **inputs: Any) -> Any:

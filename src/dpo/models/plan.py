@@ -50,6 +50,11 @@ def scoring_plan(model: nn.Module) -> ScoringPlan:
     return plan
 
 
+def share_plan(model: nn.Module, other: nn.Module) -> None:
+    """Score a model as another whose forward pass it has."""
+    _plans[model] = scoring_plan(other)
+
+
 def _find_plan(model: nn.Module) -> ScoringPlan:
     with as_evaluated(model):
         reason = why_not_packed(model)
