@@ -13,6 +13,7 @@ from dpo.config import (
     MovingReferenceConfig,
     RewardSource,
     RunConfig,
+    check_float32_weights,
     check_frozen_reference,
     shorthand,
 )
@@ -40,6 +41,13 @@ class OnlineEvaluation(EvaluationDuringTraining):
         description="What they are measured by, and the best model chosen by, if not the reward "
         "that is trained on.",
     )
+
+
+def check_rounds(config: RunConfig) -> None:
+    """Refuse what does not go with rounds of samples."""
+    check_float32_weights(config)
+    if config.optimizer.in_backward:
+        raise ValueError("optimizer.in_backward: is for dpo sft, dpo train and dpo reward")
 
 
 def check_prompts_only(data: DataConfig) -> None:
@@ -89,6 +97,7 @@ class OnlineConfig(RunConfig):
 
     @model_validator(mode="after")
     def _trained_models(self) -> OnlineConfig:
+        check_rounds(self)
         if any(c is not None and c.fresh is not None for c in (self.model, self.reference)):
             raise ValueError("online DPO starts from a trained model; model.fresh is for dpo sft")
         return self
@@ -188,6 +197,7 @@ class PPOConfig(RunConfig):
 
     @model_validator(mode="after")
     def _trained_models(self) -> PPOConfig:
+        check_rounds(self)
         if any(c is not None and c.fresh is not None for c in (self.model, self.reference)):
             raise ValueError("PPO starts from a trained model; model.fresh is for dpo sft")
         if self.critic == "reward_model" and self.reward.model is None:

@@ -136,7 +136,7 @@ def test_without_adapter_an_adapters_folder_is_a_model_as_any(tmp_path) -> None:
     assert first(folder)["eval/loss"] == pytest.approx(math.log(2), abs=1e-12)
 
 
-@pytest.mark.parametrize("loss", ["kto", "tdpo"])
+@pytest.mark.parametrize("loss", ["kto", "tdpo2"])
 def test_losses_that_ask_the_reference_at_every_step_have_it(loss, tmp_path) -> None:
     changes = {**RANK, "loss": {"name": loss}, "adapter.dropout": 0.3, "max_steps": 2}
     folder = train_preference(dpo_config(tmp_path / "run", changes))
@@ -347,7 +347,7 @@ VARIANTS = {
     "going on with dropout": (
         adapter_dpo_config,
         train_preference,
-        {"adapter": {"dropout": 0.2}, "loss": {"name": "tdpo"}},
+        {"adapter": {"dropout": 0.2}, "loss": {"name": "tdpo2"}},
     ),
 }
 

@@ -38,7 +38,7 @@ from dpo.models.load import (
     load_model,
     weights_digest,
 )
-from dpo.models.plan import as_evaluated, share_plan
+from dpo.models.plan import as_evaluated, in_bfloat16, share_plan
 
 log = logging.getLogger("dpo")
 
@@ -75,7 +75,11 @@ class AdapterSettings:
 
 
 def open_model(
-    source: ModelSource, *, adapter: AdapterSettings | None = None, seed: int = 0
+    source: ModelSource,
+    *,
+    adapter: AdapterSettings | None = None,
+    seed: int = 0,
+    pure_bf16: bool = False,
 ) -> nn.Module:
     """A causal language model in evaluation mode, whole or with an adapter to train.
 
@@ -85,6 +89,7 @@ def open_model(
 
     Args:
         seed: decides the random part of a new adapter.
+        pure_bf16: the weights are bfloat16; those of an adapter that is trained stay float32.
 
     Raises:
         InputError: no such model or base, an adapter that does not fit it or is of a kind that we
@@ -92,17 +97,21 @@ def open_model(
     """
     if not holds_adapter(source):
         if adapter is None:
-            return load_model(source)
+            return _typed(load_model(source), pure_bf16)
         _peft()
-        model = load_model(source, quantize=adapter.quantize)
+        model = _typed(load_model(source, quantize=adapter.quantize), pure_bf16)
         return add_adapter(model, adapter, source=source, seed=seed)
-    model = _with_saved_adapter(source, quantize=None if adapter is None else adapter.quantize)
     if adapter is None:
-        return merge(model)
+        return _typed(merge(_with_saved_adapter(source)), pure_bf16)
+    model = _with_saved_adapter(source, quantize=adapter.quantize, pure_bf16=pure_bf16)
     _check_continued(model, adapter, source)
     _set_dropout(model, adapter.dropout)
     _tell(model)
     return model
+
+
+def _typed(model: nn.Module, pure_bf16: bool) -> nn.Module:
+    return in_bfloat16(model) if pure_bf16 else model
 
 
 def add_adapter(
@@ -208,7 +217,9 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         (folder / BASE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _with_saved_adapter(source: ModelSource, *, quantize: str | None) -> nn.Module:
+def _with_saved_adapter(
+    source: ModelSource, *, quantize: str | None = None, pure_bf16: bool = False
+) -> nn.Module:
     """The base that an adapter's folder names, with the adapter on it."""
     peft = _peft()
     folder = Path(source.path)
@@ -228,6 +239,7 @@ def _with_saved_adapter(source: ModelSource, *, quantize: str | None) -> nn.Modu
     if quantize is None:
         _bases[model] = weights_digest(model)
         _check_base(folder, base, _bases[model])
+    model = _typed(model, pure_bf16)
     config.inference_mode = False
     with torch.random.fork_rng(devices=[]):
         peft.inject_adapter_in_model(config, model, NAME)

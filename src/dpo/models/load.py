@@ -182,6 +182,18 @@ def load_model(source: ModelSource, *, quantize: str | None = None) -> nn.Module
     return fuse_activations(loaded)
 
 
+def need_bitsandbytes(key: str, value: str) -> None:
+    """Refuse a setting that bitsandbytes serves where it cannot.
+
+    Raises:
+        InputError: there is no GPU, or the package is not installed.
+    """
+    gpu = torch.cuda.is_available()
+    if not gpu or find_spec("bitsandbytes") is None:
+        missing = "bitsandbytes (pip install bitsandbytes)" if gpu else "a GPU"
+        raise InputError(f"{key}: {value} needs {missing}; leave it out.")
+
+
 def quantization(bits: str) -> dict[str, Any]:
     """What the loader takes for quantised weights: NF4 with double quantisation, as QLoRA
     (Dettmers et al. 2023, arXiv:2305.14314), or LLM.int8 (arXiv:2208.07339).
@@ -189,9 +201,7 @@ def quantization(bits: str) -> dict[str, Any]:
     Raises:
         InputError: there is no GPU, or bitsandbytes is not installed.
     """
-    if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
-        missing = "a GPU" if not torch.cuda.is_available() else "bitsandbytes installed"
-        raise InputError(f"adapter.quantize: {bits} needs {missing}; leave it out.")
+    need_bitsandbytes("adapter.quantize", bits)
     from transformers import BitsAndBytesConfig
 
     settings = (

@@ -21,7 +21,14 @@ def open_trained(config: RunConfig, texts: Sequence[str], trust_remote_code: boo
         InputError: as `open_policy`, and where the adapter cannot be had.
     """
     adapter = None if config.adapter is None else settings_of(config.adapter)
-    return open_policy(config.model, texts, config.seed, trust_remote_code, adapter=adapter)
+    return open_policy(
+        config.model,
+        texts,
+        config.seed,
+        trust_remote_code,
+        adapter=adapter,
+        pure_bf16=config.precision == "pure_bf16",
+    )
 
 
 def open_reference_of(
@@ -32,7 +39,10 @@ def open_reference_of(
     With an adapter the latter is the policy's own model (`PolicyAtStart`), else one read apart.
     """
     if named is not None or config.adapter is None:
-        return open_reference(named, config.model, config.seed, trust_remote_code)
+        pure_bf16 = config.precision == "pure_bf16"
+        return open_reference(
+            named, config.model, config.seed, trust_remote_code, pure_bf16=pure_bf16
+        )
     assert config.model.path is not None
     continued = holds_adapter(find_model(config.model.path, revision=config.model.revision))
     return replace(policy, model=PolicyAtStart(policy.model, continued=continued))

@@ -215,7 +215,7 @@ def restore(
         keys = [key for key in saved if key.rpartition("/")[0] == name]
         if keys:
             optimizer.state[parameter] = {
-                key.rpartition("/")[2]: saved[key].to(parameter.device) for key in keys
+                key.rpartition("/")[2]: _entry(saved[key], parameter.device) for key in keys
             }
 
 
@@ -246,10 +246,17 @@ def _weights(policy: nn.Module) -> dict[str, Tensor]:
 def _optimizer_tensors(policy: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as `parameter name/entry`."""
     return {
-        f"{name}/{entry}": tensor
+        f"{name}/{entry}": torch.as_tensor(value)
         for name, parameter in policy.named_parameters()
-        for entry, tensor in optimizer.state.get(parameter, {}).items()
+        for entry, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _entry(tensor: Tensor, device: torch.device) -> Tensor | int:
+    """An entry of the optimizer's state; bitsandbytes counts steps by an integer."""
+    if tensor.dim() == 0 and tensor.dtype == torch.int64:
+        return int(tensor)
+    return tensor.to(device)
 
 
 def _copy(tensor: Tensor) -> Tensor:
