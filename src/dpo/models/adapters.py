@@ -99,8 +99,10 @@ def open_model(
         if adapter is None:
             return _typed(load_model(source), pure_bf16)
         _peft()
-        model = _typed(load_model(source, quantize=adapter.quantize), pure_bf16)
-        return add_adapter(model, adapter, source=source, seed=seed)
+        model = load_model(source, quantize=adapter.quantize)
+        if adapter.quantize is None:
+            _bases[model] = weights_digest(model)
+        return add_adapter(_typed(model, pure_bf16), adapter, source=source, seed=seed)
     if adapter is None:
         return _typed(merge(_with_saved_adapter(source)), pure_bf16)
     model = _with_saved_adapter(source, quantize=adapter.quantize, pure_bf16=pure_bf16)
@@ -145,8 +147,6 @@ def add_adapter(
         base_model_name_or_path=str(Path(source.path).resolve()) if source.local else source.path,
         revision=source.revision,
     )
-    if settings.quantize is None:
-        _bases[model] = weights_digest(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, NAME)
@@ -155,7 +155,7 @@ def add_adapter(
 
 
 _bases: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-"""Digests of the weights under the adapters of models."""
+"""Digests of the weights under the adapters of models, as their folders hold them."""
 
 
 def _peft() -> Any:
