@@ -318,6 +318,9 @@ class RunConfig(Section):
             raise ValueError(
                 f"precision: pure_bf16 needs optimizer.name=adamw; {name} has no masters"
             )
+        quantized = self.adapter is not None and self.adapter.quantize is not None
+        if self.precision == "pure_bf16" and quantized:
+            raise ValueError("precision: pure_bf16 has no effect on quantised weights; take bf16")
         return self
 
     @property

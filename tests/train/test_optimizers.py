@@ -14,6 +14,8 @@ from torch import nn
 
 from dpo.config import OptimizerConfig, PreferenceConfig, SFTConfig, validate
 from dpo.errors import DivergedError, InputError, Stopped
+from dpo.models.adapters import has_adapter, open_model
+from dpo.models.load import find_model
 from dpo.models.plan import in_bfloat16, scoring_plan
 from dpo.models.scoring import response_logps
 from dpo.online_config import PPOConfig
@@ -134,6 +136,7 @@ def test_an_adapter_on_bfloat16_weights_is_float32_itself(tmp_path) -> None:
     assert {t.dtype for t in weights.values()} == {torch.float32}
     state = load_file(max((folder / "checkpoints").glob("step-*")) / "optimizer.safetensors")
     assert not [name for name in state if name.endswith("/master")]
+    assert not has_adapter(open_model(find_model(str(folder))))  # its base is known by float32
 
 
 # -- in the backward pass --------------------------------------------------------------------------
@@ -269,6 +272,10 @@ def test_after_a_gradient_that_is_not_finite_the_run_ends_and_nothing_is_saved(
         (
             {"precision": "pure_bf16", "optimizer": {"name": "paged_adamw"}},
             "precision: pure_bf16 needs optimizer.name=adamw; paged_adamw has no masters",
+        ),
+        (
+            {"precision": "pure_bf16", "adapter": {"quantize": "4bit"}},
+            "precision: pure_bf16 has no effect on quantised weights; take bf16",
         ),
         ({"precision": "fp16"}, "precision"),
         ({"optimizer": {"name": "sgd"}}, "optimizer.name"),
