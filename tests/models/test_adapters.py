@@ -99,6 +99,7 @@ def test_a_new_adapter_changes_no_bit_and_its_seed_decides_it(bases, name, kind)
     assert weights_digest(other) != digest
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # in peft
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_equals_pefts_own_model_one_sequence_at_a_time(bases, name, kind, tmp_path) -> None:
@@ -180,6 +181,9 @@ def test_only_the_adapter_has_a_gradient_and_every_linear_layer_but_the_head_has
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_dpo_is_that_of_finite_differences_in_float64(bases, kind) -> None:
+    """Of DoRA the magnitudes' alone: for A and B its gradient takes the rows' norms as constants
+    (section 4.3 of the paper).
+    """
     model = trained(adapted(bases["gpt2"], kind=kind, rank=2)).double()
     view = PolicyAtStart(model, continued=False)
     sequences = random_trees()[:8]
@@ -195,7 +199,7 @@ def test_the_gradient_of_dpo_is_that_of_finite_differences_in_float64(bases, kin
     draw = torch.Generator().manual_seed(0)
     checked = 0
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or (kind == "dora" and "magnitude" not in name):
             continue
         at = int(torch.randint(parameter.numel(), (1,), generator=draw))
         flat = parameter.data.view(-1)
@@ -211,7 +215,7 @@ def test_the_gradient_of_dpo_is_that_of_finite_differences_in_float64(bases, kin
             name
         )
         checked += 1
-    assert checked == len(adapter_layers(model)) * (3 if kind == "dora" else 2)
+    assert checked == len(adapter_layers(model)) * (1 if kind == "dora" else 2)
 
 
 @torch.no_grad()

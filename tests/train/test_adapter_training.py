@@ -171,6 +171,7 @@ def test_the_manifest_counts_what_is_trained() -> None:
     assert manifest["parameters"] == whole["parameters"] + added
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # in peft
 @pytest.mark.parametrize("name", ["model", "best"])
 @torch.no_grad()
 def test_a_runs_folders_load_in_peft_and_in_transformers(name) -> None:

@@ -50,6 +50,10 @@ NAME = "default"
 """What peft calls an adapter where nobody names it."""
 PREFIX = "base_model.model."
 """What peft's files put before the name of a weight."""
+MAGNITUDE, WEIGHT = "lora_magnitude_vector", ".weight"
+"""DoRA's m. peft writes the first without the second and reads both; transformers 5.23 reads only
+the whole name, and leaves m as it was without it.
+"""
 
 RANK, ALPHA = 16, 32.0
 
@@ -109,7 +113,7 @@ def open_model(
     _check_continued(model, adapter, source)
     _set_dropout(model, adapter.dropout)
     _tell(model)
-    return model
+    return model.eval()
 
 
 def _typed(model: nn.Module, pure_bf16: bool) -> nn.Module:
@@ -149,9 +153,17 @@ def add_adapter(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(config, model, NAME)
+        _inject(model, config)
     _tell(model)
     return model.eval()
+
+
+def _inject(model: nn.Module, config: Any) -> None:
+    """Freeze the model and give its layers the adapter, in float32 on whatever weights."""
+    _peft().inject_adapter_in_model(config, model, NAME)
+    for name, parameter in model.named_parameters():
+        if _of_adapter(name):
+            parameter.data = parameter.data.float()
 
 
 _bases: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -210,7 +222,10 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     config.target_modules = sorted(config.target_modules)  # a set's order is another every time
     config.inference_mode = True
     config.save_pretrained(folder)
-    tensors = {PREFIX + name: t.detach().cpu().contiguous() for name, t in _state(model).items()}
+    tensors = {
+        PREFIX + (name + WEIGHT if name.endswith(MAGNITUDE) else name): t.cpu().contiguous()
+        for name, t in _state(model).items()
+    }
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     if model in _bases:
         text = json.dumps({"sha256": _bases[model]}, indent=2)
@@ -242,14 +257,17 @@ def _with_saved_adapter(
     model = _typed(model, pure_bf16)
     config.inference_mode = False
     with torch.random.fork_rng(devices=[]):
-        peft.inject_adapter_in_model(config, model, NAME)
+        _inject(model, config)
     own = _state(model)
-    given = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+    given = {
+        name.removeprefix(PREFIX).replace(MAGNITUDE + WEIGHT, MAGNITUDE): tensor
+        for name, tensor in weights.items()
+    }
     if own.keys() != given.keys() or any(own[n].shape != given[n].shape for n in own):
         raise InputError(f"{folder}: its {ADAPTER_WEIGHTS} does not fit the model {base.path}.")
     for name, tensor in own.items():
         tensor.copy_(given[name])
-    return model.eval()
+    return model
 
 
 def _check_known(config: Any, folder: Path) -> None:

@@ -324,7 +324,7 @@ def training_step(
         micro_batches = [list(range(len(rows)))]
     rate = _set_learning_rate(optimizer, config, step, method.num_steps(config))
     in_backward = config.optimizer.in_backward
-    stepping: Any = stepping_in_backward(optimizer) if in_backward else nullcontext()
+    stepping = stepping_in_backward(optimizer) if in_backward else nullcontext()
     with stepping as stepped:
         for number, members in enumerate(micro_batches):
             if config.draws_dropout:

@@ -119,21 +119,24 @@ class SteppedInBackward:
 
 
 @contextmanager
-def stepping_in_backward(optimizer: ParameterAdamW) -> Iterator[SteppedInBackward]:
+def stepping_in_backward(optimizer: Optimizer) -> Iterator[SteppedInBackward]:
     """Inside, a backward pass updates each parameter as soon as its gradient is whole, and lets the
     gradient go: there are never the gradients of all.
 
     The same as a step after the pass, because the pass reads a parameter before its gradient is
     whole and never after. After a gradient that is not finite nothing more is updated.
     """
+    assert isinstance(optimizer, ParameterAdamW)
     seen, outside = SteppedInBackward(), flushes_denormals()
+
+    update_one = optimizer.update
 
     def update(parameter: Tensor) -> None:
         assert parameter.grad is not None
         seen.squares += parameter.grad.double().square().sum().item()
         if math.isfinite(seen.squares):
             with denormals_as_zero(outside):  # as a step after the pass would find them
-                optimizer.update(parameter)
+                update_one(parameter)
         parameter.grad = None
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
