@@ -220,7 +220,7 @@ def no_weights(monkeypatch):
     from dpo.train import session
 
     for module, name in (
-        (session, "load_model"),
+        (session, "open_model"),
         (session, "load_tokenizer"),
         (session, "fresh_gpt2"),
     ):

@@ -296,6 +296,24 @@ def demo(
 
 
 @app.command()
+def merge(
+    folder: Annotated[
+        str, typer.Argument(help="A run that trained an adapter, or its folder.", metavar="FOLDER")
+    ],
+    out: Annotated[Path, typer.Option(help="Where the whole model goes, a new folder.")],
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """An adapter and the model that it was trained on, as one model.
+
+    Example: [cyan]dpo merge runs/dpo --out runs/dpo-merged[/cyan]
+    """
+    from dpo.train.merge import merge_folder
+
+    _quiet_transformers()
+    typer.echo(merge_folder(folder, out, trust_remote_code=trust_remote_code))
+
+
+@app.command()
 def diagnose(
     folder: Annotated[
         Path, typer.Argument(help="A run's folder, or an evaluation's.", metavar="FOLDER")

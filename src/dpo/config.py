@@ -138,6 +138,9 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning rate over the run."""
 
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="All but adamw need a GPU and bitsandbytes."
+    )
     learning_rate: Positive = Field(5e-6, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
@@ -145,7 +148,24 @@ class OptimizerConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: Positive = 1e-8
-    max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
+    max_grad_norm: Positive | None = Field(
+        1.0, description="Gradients are clipped to this norm; null: they are not."
+    )
+    in_backward: bool = Field(
+        False,
+        description="Update each weight as soon as its gradient is known: less memory, the same "
+        "result; needs max_grad_norm=null and batches that go through the model in one pass.",
+    )
+
+    @model_validator(mode="after")
+    def _exact_in_backward(self) -> OptimizerConfig:
+        if self.in_backward and self.max_grad_norm is not None:
+            raise ValueError(
+                "in_backward: clipping needs all gradients at once; set max_grad_norm=null"
+            )
+        if self.in_backward and self.name != "adamw":
+            raise ValueError(f"in_backward: goes with name=adamw, not with {self.name}")
+        return self
 
 
 class BatchConfig(Section):
@@ -233,6 +253,32 @@ class PreferenceEvaluation(EvaluationDuringTraining):
         return self
 
 
+def _kind_shorthand(value: Any) -> Any:
+    """`adapter=lora` means `adapter.kind=lora`."""
+    if isinstance(value, str):
+        return {"kind": value}
+    if isinstance(value, Mapping) and "path" in value:  # what `adapter=lora adapter.rank=8` became
+        return {"kind": value["path"]} | {key: value[key] for key in value if key != "path"}
+    return value
+
+
+class AdapterConfig(Section):
+    """A few trained matrices beside frozen weights (docs/adapters.md)."""
+
+    kind: Literal["lora", "dora", "rslora"] = Field("lora", description="lora, dora or rslora.")
+    rank: Count | None = Field(None, description="Of each matrix; none: 16.")
+    alpha: Positive | None = Field(
+        None, description="Scale: alpha/rank (rslora: alpha/sqrt(rank)); none: 32."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Of an adapter's input while training.")
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Last parts of the names of linear layers; none: all but the head."
+    )
+    quantize: Literal["4bit", "8bit"] | None = Field(
+        None, description="How the frozen weights are held (QLoRA); needs a GPU and bitsandbytes."
+    )
+
+
 class RunConfig(Section):
     """What every training command takes."""
 
@@ -242,13 +288,45 @@ class RunConfig(Section):
     seed: Seed = Field(0, description="Order of the rows, dropout, samples.")
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: matrix products only.")
+    precision: Literal["fp32", "bf16", "pure_bf16"] = Field(
+        "fp32",
+        description="bf16: matrix products only; pure_bf16: the weights too, with their float32 "
+        "masters in the optimizer (dpo sft, dpo train).",
+    )
     dropout: bool = Field(False, description="Use the model's own dropout while training.")
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, slower."
     )
+    adapter: Annotated[AdapterConfig | None, BeforeValidator(_kind_shorthand)] = Field(
+        None, description="Train an adapter and leave the weights; none: train all of them."
+    )
     evaluation: EvaluationDuringTraining = EvaluationDuringTraining()
     save_every: Every = Field("epoch", description="'epoch', or steps.")
+
+    @model_validator(mode="after")
+    def _adapter_on_a_trained_model(self) -> RunConfig:
+        if self.adapter is not None and self.model.fresh is not None:
+            raise ValueError(
+                "adapter: random weights (model.fresh) are trained whole; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masters_of_pure_bf16(self) -> RunConfig:
+        name = self.optimizer.name
+        if self.precision == "pure_bf16" and name != "adamw":
+            raise ValueError(
+                f"precision: pure_bf16 needs optimizer.name=adamw; {name} has no masters"
+            )
+        quantized = self.adapter is not None and self.adapter.quantize is not None
+        if self.precision == "pure_bf16" and quantized:
+            raise ValueError("precision: pure_bf16 has no effect on quantised weights; take bf16")
+        return self
+
+    @property
+    def draws_dropout(self) -> bool:
+        """Whether a training step depends on random numbers."""
+        return self.dropout or (self.adapter is not None and self.adapter.dropout > 0)
 
 
 class TrainingConfig(RunConfig):
@@ -279,6 +357,21 @@ class MovingReferenceConfig(Section):
 
     mix: float = Field(0.6, gt=0, le=1, description="Share of the policy in an update; 1: a copy.")
     every: Count = Field(512, description="Optimizer steps between two updates.")
+
+
+def check_float32_weights(config: RunConfig) -> None:
+    """Refuse what is for language models that nothing but a loss looks at."""
+    if config.precision == "pure_bf16":
+        raise ValueError("precision: pure_bf16 is for dpo sft and dpo train; take bf16")
+
+
+def check_frozen_reference(config: RunConfig, *keys: str) -> None:
+    """With an adapter the reference is the policy's own model at its start, which stays."""
+    for key in keys:
+        if config.adapter is not None and getattr(config, key):
+            raise ValueError(
+                f"{key}: with an adapter the reference stays as it was; leave one of them out"
+            )
 
 
 class PreferenceConfig(TrainingConfig):
@@ -312,6 +405,15 @@ class PreferenceConfig(TrainingConfig):
                 raise ValueError(f"{name}: has no effect, {self.loss.name} takes no reference")
         return self
 
+    @model_validator(mode="after")
+    def _no_mixture_of_adapters(self) -> PreferenceConfig:
+        check_frozen_reference(self, "moving_reference")
+        if self.precision == "pure_bf16" and self.moving_reference is not None:
+            raise ValueError(
+                "moving_reference: precision=pure_bf16 would round small mixtures away; take bf16"
+            )
+        return self
+
     @property
     def opens_reference(self) -> bool:
         """Whether a reference is read: the loss takes one, or the KL to it is asked for."""
@@ -333,6 +435,11 @@ class RewardConfig(TrainingConfig):
         0.0, description="Coefficient of (r_w + r_l)^2: rewards around 0 (Eisenstein et al.: 0.01)."
     )
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+
+    @model_validator(mode="after")
+    def _float32_weights(self) -> RewardConfig:
+        check_float32_weights(self)
+        return self
 
     @model_validator(mode="after")
     def _margins_of_pairs(self) -> RewardConfig:

@@ -13,6 +13,8 @@ from dpo.config import (
     MovingReferenceConfig,
     RewardSource,
     RunConfig,
+    check_float32_weights,
+    check_frozen_reference,
     shorthand,
 )
 from dpo.loss_config import DPOLossConfig, LossConfig, MixLossConfig, takes_reference, with_name
@@ -39,6 +41,13 @@ class OnlineEvaluation(EvaluationDuringTraining):
         description="What they are measured by, and the best model chosen by, if not the reward "
         "that is trained on.",
     )
+
+
+def check_rounds(config: RunConfig) -> None:
+    """Refuse what does not go with rounds of samples."""
+    check_float32_weights(config)
+    if config.optimizer.in_backward:
+        raise ValueError("optimizer.in_backward: is for dpo sft, dpo train and dpo reward")
 
 
 def check_prompts_only(data: DataConfig) -> None:
@@ -88,6 +97,7 @@ class OnlineConfig(RunConfig):
 
     @model_validator(mode="after")
     def _trained_models(self) -> OnlineConfig:
+        check_rounds(self)
         if any(c is not None and c.fresh is not None for c in (self.model, self.reference)):
             raise ValueError("online DPO starts from a trained model; model.fresh is for dpo sft")
         return self
@@ -116,6 +126,7 @@ class OnlineConfig(RunConfig):
 
     @model_validator(mode="after")
     def _reference_has_an_effect(self) -> OnlineConfig:
+        check_frozen_reference(self, "moving_reference", "reset_reference_each_round")
         if self.moving_reference is not None and self.reset_reference_each_round:
             raise ValueError("give moving_reference or reset_reference_each_round, not both")
         if not takes_reference(self.loss):
@@ -186,6 +197,7 @@ class PPOConfig(RunConfig):
 
     @model_validator(mode="after")
     def _trained_models(self) -> PPOConfig:
+        check_rounds(self)
         if any(c is not None and c.fresh is not None for c in (self.model, self.reference)):
             raise ValueError("PPO starts from a trained model; model.fresh is for dpo sft")
         if self.critic == "reward_model" and self.reward.model is None:
@@ -201,6 +213,13 @@ class PPOConfig(RunConfig):
     def _a_ratio_of_two_policies(self) -> PPOConfig:
         if self.dropout:
             raise ValueError("dropout: PPO compares probabilities, and dropout changes both")
+        if self.adapter is not None and self.adapter.dropout > 0:
+            raise ValueError("adapter.dropout: PPO compares probabilities; dropout changes both")
+        if self.adapter is not None and self.critic == "reward_model":
+            raise ValueError(
+                "critic: reward_model is trained whole, so it does not go with an adapter; take "
+                "separate or shared"
+            )
         if self.sampling.temperature != 1:
             raise ValueError("sampling.temperature: PPO samples from the policy itself, at 1")
         if self.batch.size > self.responses_per_round:

@@ -184,8 +184,8 @@ def outcome(folder: Path) -> dict[str, object]:
     del state["seconds"]
     files = [
         *newest.glob("*.safetensors"),
-        folder / "best" / "model.safetensors",
-        folder / "model" / "model.safetensors",
+        *folder.glob("best/*model.safetensors"),  # adapter_model.safetensors too
+        *folder.glob("model/*model.safetensors"),
         *folder.glob("samples/*.jsonl"),
         *folder.glob("held_out.csv"),
     ]

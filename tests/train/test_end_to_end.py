@@ -193,7 +193,7 @@ def test_the_reference_is_the_start_and_training_never_writes_to_it():
 
 
 def test_the_reference_in_memory_keeps_its_weights_through_training(tmp_path, monkeypatch):
-    from dpo.train import jobs, session
+    from dpo.train import adapters, session
 
     seen = []
     opened = session.open_policy
@@ -203,7 +203,7 @@ def test_the_reference_in_memory_keeps_its_weights_through_training(tmp_path, mo
         seen.append((policy.model, weights_digest(policy.model)))
         return policy
 
-    monkeypatch.setattr(jobs, "open_policy", remember)
+    monkeypatch.setattr(adapters, "open_policy", remember)
     monkeypatch.setattr(session, "open_policy", remember)
     train_preference(dpo_config(tmp_path / "run", {"max_steps": 2}))
     (policy, policy_before), (reference, reference_before) = seen

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from dpo.data.prompts import PromptTemplate, save_template
+from dpo.models.adapters import has_adapter, save_adapter
 
 CARD_LIBRARY = "direct-preference-optimization"
 
@@ -24,11 +25,11 @@ def save_pretrained(
 ) -> None:
     """Write what the transformers loaders and pipelines read, and the run's template.
 
-    Weights are safetensors. The generation config stops at the run's end tokens and samples from
-    the whole distribution (left out, transformers would keep the 50 likeliest tokens only).
+    Weights are safetensors; of a model with an adapter the adapter alone, in peft's format. The
+    generation config stops at the run's end tokens and samples from the whole distribution (left
+    out, transformers would keep the 50 likeliest tokens only).
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig(  # type: ignore[assignment]
+    generation = GenerationConfig(
         do_sample=True,
         top_k=0,
         top_p=1.0,
@@ -37,10 +38,16 @@ def save_pretrained(
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
-    try:
-        model.save_pretrained(folder)  # type: ignore[operator]
-    finally:
-        model.generation_config = own
+    if has_adapter(model):
+        save_adapter(model, folder)
+        generation.save_pretrained(folder)
+    else:
+        own = model.generation_config
+        model.generation_config = generation  # type: ignore[assignment]
+        try:
+            model.save_pretrained(folder)  # type: ignore[operator]
+        finally:
+            model.generation_config = own
     tokenizer.save_pretrained(folder)
     save_template(template, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -36,15 +36,26 @@ def head_replaced(model: nn.Module, replacement: Callable[[Tensor], Tensor]) -> 
 
 
 def float32_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The model's head as it is now, working in at least float32 whatever is around it."""
-    forward = model.get_output_embeddings().forward  # type: ignore[operator]
+    """The model's head as it is now, working in at least float32 whatever is around it; a head of
+    another kind than a matrix, with weights in bfloat16, in those.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    forward, weight = head.forward, getattr(head, "weight", None)
+    rounded = weight is not None and weight.dtype == torch.bfloat16
 
     def logits_of(hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            logits: Tensor = forward(at_least_float32(hidden))
-            return logits
+            if rounded and type(head) is nn.Linear:
+                return nn.functional.linear(at_least_float32(hidden), *float32_weights(head))
+            logits: Tensor = forward(hidden if rounded else at_least_float32(hidden))
+            return at_least_float32(logits)
 
     return logits_of
+
+
+def float32_weights(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """A head's matrix and bias in at least float32."""
+    return at_least_float32(head.weight), None if head.bias is None else at_least_float32(head.bias)
 
 
 def _run(model: nn.Module, batch: Batch, precision: str) -> Any:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dpo.errors import InputError
 log = logging.getLogger("dpo")
 
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.ckpt")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,15 @@ class ModelSource:
             "trust_remote_code": self.trust_remote_code,
             "local_files_only": self.local,
         }
+
+
+def holds_adapter(source: ModelSource) -> bool:
+    """Whether a folder holds an adapter of peft, which needs the model that it was trained on."""
+    return source.local and _is_model(Path(source.path), ADAPTER_CONFIG)
+
+
+def _is_model(folder: Path, *files: str) -> bool:
+    return any((folder / name).is_file() for name in files)
 
 
 def looks_like_a_path(name: str) -> bool:
@@ -63,11 +74,11 @@ def find_model(
     if revision is not None:
         raise InputError(f"{key}.revision: only a hub model has one; {name} is a folder here.")
     if folder.is_dir():
-        inner = folder / "model"
-        is_run = (folder / "manifest.json").is_file() or (inner / "config.json").is_file()
-        if is_run or not (folder / "config.json").is_file():  # a run has a config.json of its own
+        inner, files = folder / "model", ("config.json", ADAPTER_CONFIG)
+        is_run = (folder / "manifest.json").is_file() or _is_model(inner, *files)
+        if is_run or not _is_model(folder, *files):  # a run has a config.json of its own
             folder = inner
-        if not (folder / "config.json").is_file():
+        if not _is_model(folder, *files):
             raise InputError(
                 f"{key}: {name} holds no model (expected config.json, or model/config.json in the "
                 "directory of a finished run)."
@@ -128,14 +139,18 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise explain(error, "tokenizer", source) from error
 
 
-def load_model(source: ModelSource) -> nn.Module:
+def load_model(source: ModelSource, *, quantize: str | None = None) -> nn.Module:
     """A causal language model in float32, from safetensors, in evaluation mode.
+
+    Args:
+        quantize: "4bit" or "8bit" holds its linear layers so (bitsandbytes), on a GPU.
 
     Raises:
         InputError: no such model, weights that are unreadable, incomplete or not safetensors, or a
             model of another kind: transformers would give a reward model a random head, and let an
             encoder see the tokens that it is to predict.
     """
+    held_quantized = {} if quantize is None else quantization(quantize)
     try:
         config = AutoConfig.from_pretrained(source.path, **source.arguments())
         made_as = config.architectures or []
@@ -148,6 +163,7 @@ def load_model(source: ModelSource) -> nn.Module:
             ignore_mismatched_sizes=True,  # they are in the report
             output_loading_info=True,
             **source.arguments(),
+            **held_quantized,
         )
     except Exception as error:
         raise explain(error, "model", source) from error
@@ -164,6 +180,41 @@ def load_model(source: ModelSource) -> nn.Module:
             "expected a causal language model."
         )
     return fuse_activations(loaded)
+
+
+def need_bitsandbytes(key: str, value: str) -> None:
+    """Refuse a setting that bitsandbytes serves where it cannot.
+
+    Raises:
+        InputError: there is no GPU, or the package is not installed.
+    """
+    gpu = torch.cuda.is_available()
+    if not gpu or find_spec("bitsandbytes") is None:
+        missing = "bitsandbytes (pip install bitsandbytes)" if gpu else "a GPU"
+        raise InputError(f"{key}: {value} needs {missing}; leave it out.")
+
+
+def quantization(bits: str) -> dict[str, Any]:
+    """What the loader takes for quantised weights: NF4 with double quantisation, as QLoRA
+    (Dettmers et al. 2023, arXiv:2305.14314), or LLM.int8 (arXiv:2208.07339).
+
+    Raises:
+        InputError: there is no GPU, or bitsandbytes is not installed.
+    """
+    need_bitsandbytes("adapter.quantize", bits)
+    from transformers import BitsAndBytesConfig
+
+    settings = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        if bits == "4bit"
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    return {"quantization_config": settings, "device_map": {"": 0}}
 
 
 def _check_complete(report: Mapping[str, Any], source: ModelSource) -> None:
@@ -192,7 +243,8 @@ def _check_complete(report: Mapping[str, Any], source: ModelSource) -> None:
 def _looks_ahead(model: nn.Module) -> bool:
     """Whether a token changes the prediction made before it."""
     last = int(model.get_input_embeddings().weight.shape[0]) - 1  # type: ignore[operator]
-    ids = torch.tensor([[0, 0], [0, last]])
+    device = next(model.parameters()).device
+    ids = torch.tensor([[0, 0], [0, last]], device=device)
     with torch.no_grad():
         first, second = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0]
     return bool((first - second).abs().max() > 1e-4 * first.abs().max())

@@ -50,6 +50,23 @@ def scoring_plan(model: nn.Module) -> ScoringPlan:
     return plan
 
 
+def share_plan(model: nn.Module, other: nn.Module) -> None:
+    """Score a model as another whose forward pass it has."""
+    _plans[model] = scoring_plan(other)
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """The model with its parameters in bfloat16, in place.
+
+    How it is scored is found out before: afterwards rounding would hide what the trial looks for.
+    Buffers stay as they are: rotary frequencies in bfloat16 would be other positions.
+    """
+    scoring_plan(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
 def _find_plan(model: nn.Module) -> ScoringPlan:
     with as_evaluated(model):
         reason = why_not_packed(model)

@@ -33,6 +33,7 @@ from dpo.data.pack import Batch, pack, packed_groups, pad, padded_groups
 from dpo.data.prompts import PromptTemplate, load_template, save_template
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import InputError
+from dpo.models.adapters import has_adapter, merged_copy
 from dpo.models.forward import precision_context, token_states, trunk_outputs
 from dpo.models.load import (
     check_fit,
@@ -134,8 +135,12 @@ probability that the one is preferred. Batches: pad with `tokenizer.pad_token`, 
 def save_reward_model(
     model: nn.Module, tokenizer: Any, template: PromptTemplate, folder: Path, *, card: str
 ) -> None:
-    """Write what `AutoModelForSequenceClassification` and TRL read, and the run's template."""
-    model.save_pretrained(folder)  # type: ignore[operator]
+    """Write what `AutoModelForSequenceClassification` and TRL read, and the run's template.
+
+    An adapter is merged: its base, a language model, has neither the head nor the padding.
+    """
+    whole = merged_copy(model) if has_adapter(model) else model
+    whole.save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
     save_template(template, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")

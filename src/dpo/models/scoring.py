@@ -16,7 +16,7 @@ from dpo.core.head import head_token_logps
 from dpo.core.logps import sum_per_sequence, token_logps
 from dpo.data.pack import packed_groups, padded_groups
 from dpo.data.tokenize import TokenSequence
-from dpo.models.forward import head_inputs, selected_logits
+from dpo.models.forward import float32_weights, head_inputs, selected_logits
 from dpo.models.plan import scoring_plan
 
 MAX_TOKENS = 16_384
@@ -42,7 +42,8 @@ def response_logps(
         sequences: each with at least one prompt token and one scored token.
         max_tokens: tokens that go through the model at once.
         max_logit_bytes: most memory for logits; above it they are computed in parts, twice.
-        precision: "fp32" or "bf16" for the trunk; logits are float32 and sums float64 either way.
+        precision: "bf16" for the trunk's products in bfloat16; logits are float32 and sums float64
+            either way.
     """
     groups = score_groups(model, sequences, max_tokens=max_tokens)
     sums = []
@@ -142,8 +143,7 @@ def token_scores(
         assert hidden is not None
         logps = head_token_logps(
             hidden,
-            head.weight,
-            head.bias,
+            *float32_weights(head),
             source,
             targets,
             form=form,

@@ -95,7 +95,7 @@ def snapshot(
     The random state needs no saving: order, dropout and samples are functions of seed and step.
 
     Args:
-        policy: its parameters are saved by name, tied ones once.
+        policy: the parameters that it trains are saved by name, tied ones once.
         optimizer: AdamW over the policy's parameters.
         state: JSON; must hold `step`, the number of optimizer steps taken.
         companion: another model that changes while training: a moving reference.
@@ -215,7 +215,7 @@ def restore(
         keys = [key for key in saved if key.rpartition("/")[0] == name]
         if keys:
             optimizer.state[parameter] = {
-                key.rpartition("/")[2]: saved[key].to(parameter.device) for key in keys
+                key.rpartition("/")[2]: _entry(saved[key], parameter.device) for key in keys
             }
 
 
@@ -237,18 +237,26 @@ def _put_back(model: nn.Module, file: Path) -> None:
 
 
 def _weights(policy: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once."""
-    tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    """What training changes: parameters by name, tied ones once, frozen ones not; and buffers."""
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    tensors = trained | dict(policy.named_buffers())
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _optimizer_tensors(policy: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as `parameter name/entry`."""
     return {
-        f"{name}/{entry}": tensor
+        f"{name}/{entry}": torch.as_tensor(value)
         for name, parameter in policy.named_parameters()
-        for entry, tensor in optimizer.state.get(parameter, {}).items()
+        for entry, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _entry(tensor: Tensor, device: torch.device) -> Tensor | int:
+    """An entry of the optimizer's state; bitsandbytes counts steps by an integer."""
+    if tensor.dim() == 0 and tensor.dtype == torch.int64:
+        return int(tensor)
+    return tensor.to(device)
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from dpo.errors import InputError
 from dpo.models.load import weights_digest
 from dpo.models.recompute import enable_recomputation
 from dpo.progress import counting
+from dpo.train.adapters import open_reference_of, open_trained
 from dpo.train.encoded import KINDS
 from dpo.train.held_out import HeldOutFile, write_displaced
 from dpo.train.loop import fit
@@ -36,8 +37,6 @@ from dpo.train.session import (
     distinct_prompts,
     make_run_encoder,
     model_saver,
-    open_policy,
-    open_reference,
     opened_run,
     prompts_seen,
     write_samples,
@@ -55,7 +54,7 @@ def train_sft(config: SFTConfig, *, trust_remote_code: bool = False) -> Path:
     """
     data = load_demonstrations(config.data, response=config.response)
     texts = [f"{as_text(row.prompt)}\n{row.response}" for row in data.train]
-    policy = open_policy(config.model, texts, config.seed, trust_remote_code)
+    policy = open_trained(config, texts, trust_remote_code)
     if config.gradient_checkpointing:
         enable_recomputation(policy.model)
     encoder = make_run_encoder(config, policy, data)
@@ -93,13 +92,13 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
     objective = make_objective(config.loss)
     data = load_rows_for(objective.kind, config.data)
     check_scores(objective, [*data.train, *data.test])
-    policy = open_policy(config.model, [], config.seed, trust_remote_code)
+    policy = open_trained(config, [], trust_remote_code)
     if config.gradient_checkpointing:
         enable_recomputation(policy.model)
     encoder = make_run_encoder(config, policy, data)
     reference, digests = None, {}
     if config.opens_reference:
-        reference = open_reference(config.reference, config.model, config.seed, trust_remote_code)
+        reference = open_reference_of(config, config.reference, policy, trust_remote_code)
         check_same_tokens(policy, reference)
         digests = {"reference_sha256": weights_digest(reference.model)}
     reward = None

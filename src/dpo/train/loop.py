@@ -7,8 +7,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from dpo.atomic import replace_folder
 from dpo.config import RunConfig, TrainingConfig
 from dpo.data.order import batch_rows, split_by_tokens, steps_per_epoch
-from dpo.errors import DivergedError, Stopped
+from dpo.errors import DivergedError, InputError, Stopped
+from dpo.models.adapters import parameter_counts, train_adapters
 from dpo.models.recompute import recompute_without_dropout
 from dpo.progress import counting
 from dpo.train import checkpoint
 from dpo.train.background import CheckpointWriter
+from dpo.train.optimizers import denormals_as_zero, make_optimizer, stepping_in_backward
 from dpo.train.run import Run
-from dpo.train.schedule import adamw, learning_rate
+from dpo.train.schedule import learning_rate
 from dpo.train.stopping import GO_ON, stop_after_step
 
 log = logging.getLogger("dpo")
@@ -218,14 +220,9 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
         CheckpointError: there are checkpoints and none can be trusted.
         StorageError: a checkpoint cannot be written; the older ones stay.
     """
-    settings = config.optimizer
-    optimizer = adamw(
-        policy,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        epsilon=settings.epsilon,
-        weight_decay=settings.weight_decay,
-    )
+    if config.optimizer.in_backward:
+        check_one_pass(method, config)
+    optimizer = make_optimizer(policy, config.optimizer)
     progression = _resume(method, policy, optimizer, run)
     total = method.num_steps(config)
     every = method.steps_per_pass(config)
@@ -273,7 +270,27 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
         seconds_training=round(progression.seconds, 3),
         best_step=progression.best_step,
         best_loss=progression.best_loss,
+        **parameter_counts(policy),
     )
+
+
+def check_one_pass(method: Method, config: RunConfig) -> None:
+    """Refuse updates in the backward pass where the gradients of a batch may need several.
+
+    Raises:
+        InputError: the longest rows would not go through the model at once.
+    """
+    if method.whole_batch:
+        return
+    assert isinstance(method, PlainMethod)
+    costs = sorted((method.num_tokens(row) for row in range(method.num_rows)), reverse=True)
+    most = sum(costs[: config.batch.size])
+    if most > config.batch.max_tokens:
+        raise InputError(
+            f"optimizer.in_backward: {config.batch.size} rows can have {most} tokens, more than "
+            f"batch.max_tokens={config.batch.max_tokens}, so that gradients would have to wait for "
+            "each other; raise it or take smaller batches."
+        )
 
 
 def training_step(
@@ -295,6 +312,8 @@ def training_step(
     weight = method.weight(rows)
     costs = [method.num_tokens(row) for row in rows]
     policy.train(config.dropout)
+    if config.adapter is not None:
+        train_adapters(policy)
     if config.gradient_checkpointing:
         recompute_without_dropout(policy)
     optimizer.zero_grad(set_to_none=True)
@@ -303,44 +322,36 @@ def training_step(
     micro_batches = split_by_tokens(costs, max_tokens=config.batch.max_tokens)
     if method.whole_batch:
         micro_batches = [list(range(len(rows)))]
-    for number, members in enumerate(micro_batches):
-        if config.dropout:
-            _seed_dropout(config.seed, step, number)
-        with _denormals_as_zero():
-            result = method.loss(policy, [rows[i] for i in members])
-            (result.loss / weight).backward()
-        loss += result.loss.item() / weight
-        for name, value in result.sums.items():
-            sums[name] = sums.get(name, 0.0) + value / weight
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
-    _check_finite(method, rows, step=step, loss=loss, gradient_norm=norm.item())
     rate = _set_learning_rate(optimizer, config, step, method.num_steps(config))
-    optimizer.step()
+    in_backward = config.optimizer.in_backward
+    stepping = stepping_in_backward(optimizer) if in_backward else nullcontext()
+    with stepping as stepped:
+        for number, members in enumerate(micro_batches):
+            if config.draws_dropout:
+                _seed_dropout(config.seed, step, number)
+            with denormals_as_zero():
+                result = method.loss(policy, [rows[i] for i in members])
+                (result.loss / weight).backward()
+            loss += result.loss.item() / weight
+            for name, value in result.sums.items():
+                sums[name] = sums.get(name, 0.0) + value / weight
+    if stepped is None:
+        most = config.optimizer.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), most).item()
+    else:
+        norm = stepped.norm
+    _check_finite(method, rows, step=step, loss=loss, gradient_norm=norm)
+    if stepped is None:
+        optimizer.step()
     return {
         "loss": loss,
-        "gradient_norm": norm.item(),
+        "gradient_norm": norm,
         "learning_rate": rate,
         **sums,
         "num_rows": len(rows),
         "num_tokens": sum(costs),
         "num_passes": len(micro_batches),
     }
-
-
-@contextmanager
-def _denormals_as_zero() -> Iterator[None]:
-    """Inside, numbers below the smallest normal one are 0, on a CPU.
-
-    Gradients of pairs that are long since learnt are such numbers, which make a matrix product two
-    hundred times slower; next to the others they are nothing. The setting is the thread's, so it
-    is put back.
-    """
-    before = torch.tensor(1e-40).mul(1).item() == 0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
 
 
 def _seed_dropout(seed: int, step: int, number: int) -> None:

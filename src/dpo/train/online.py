@@ -32,6 +32,7 @@ from dpo.errors import InputError
 from dpo.models.load import max_positions, weights_digest
 from dpo.models.recompute import enable_recomputation
 from dpo.online_config import OnlineConfig, PPOConfig
+from dpo.train.adapters import open_reference_of, open_trained
 from dpo.train.jobs import check_same_tokens
 from dpo.train.loop import BatchResult, fit
 from dpo.train.objective import make_objective, reward_scale
@@ -48,8 +49,6 @@ from dpo.train.session import (
     distinct_prompts,
     make_run_encoder,
     model_saver,
-    open_policy,
-    open_reference,
     opened_run,
     prompts_seen,
     write_samples,
@@ -211,11 +210,11 @@ def train_online(config: OnlineConfig, *, trust_remote_code: bool = False) -> Pa
         trust_remote_code=trust_remote_code,
     )
     measured = evaluation_reward(config, reward, trust_remote_code)
-    policy = open_policy(config.model, [], config.seed, trust_remote_code)
+    policy = open_trained(config, [], trust_remote_code)
     if config.gradient_checkpointing:
         enable_recomputation(policy.model)
     encoder = make_run_encoder(config, policy, data)
-    reference = open_reference(config.reference, config.model, config.seed, trust_remote_code)
+    reference = open_reference_of(config, config.reference, policy, trust_remote_code)
     check_same_tokens(policy, reference)
     digests = {
         "reference_sha256": weights_digest(reference.model),

@@ -37,6 +37,7 @@ from dpo.models.load import max_positions, weights_digest
 from dpo.models.recompute import enable_recomputation
 from dpo.models.reward import open_reward_model
 from dpo.online_config import PPOConfig
+from dpo.train.adapters import open_reference_of, open_trained
 from dpo.train.jobs import check_same_tokens
 from dpo.train.loop import BatchResult, PlainMethod, fit
 from dpo.train.on_policy import OnPolicyEvaluation
@@ -51,8 +52,6 @@ from dpo.train.session import (
     choose_held_out,
     make_run_encoder,
     model_saver,
-    open_policy,
-    open_reference,
     opened_run,
     prompts_seen,
     write_samples,
@@ -245,9 +244,9 @@ def train_ppo(config: PPOConfig, *, trust_remote_code: bool = False) -> Path:
         trust_remote_code=trust_remote_code,
     )
     measured = evaluation_reward(config, reward, trust_remote_code)
-    policy = open_policy(config.model, [], config.seed, trust_remote_code)
+    policy = open_trained(config, [], trust_remote_code)
     encoder = make_run_encoder(config, policy, data)
-    reference = open_reference(config.reference, config.model, config.seed, trust_remote_code)
+    reference = open_reference_of(config, config.reference, policy, trust_remote_code)
     check_same_tokens(policy, reference)
     model = ActorCritic(policy.model, critic_trunk(config, policy, trust_remote_code))
     if config.gradient_checkpointing:

@@ -29,6 +29,7 @@ from dpo.models.reward import (
     sequence_scores,
     with_end,
 )
+from dpo.train.adapters import open_trained
 from dpo.train.encoded import KINDS, EncodedPair, EncodedRanking, Kind
 from dpo.train.jobs import load_rows_for
 from dpo.train.loop import BatchResult, PlainMethod, fit
@@ -36,7 +37,6 @@ from dpo.train.run import Run, save_train_prompts
 from dpo.train.session import (
     choose_held_out,
     make_run_encoder,
-    open_policy,
     opened_run,
     prompts_seen,
     run_card,
@@ -170,7 +170,7 @@ def train_reward(config: RewardConfig, *, trust_remote_code: bool = False) -> Pa
     if config.margin is not None:
         check_margins([*data.train, *data.test])
     texts = [text for row in data.train for text in _texts(row)] if config.model.fresh else []
-    start = open_policy(config.model, texts, config.seed, trust_remote_code)
+    start = open_trained(config, texts, trust_remote_code)
     encoder = make_run_encoder(config, start, data)
     model = from_causal(start.model, seed=config.seed)
     give_padding(model, start.tokenizer, ends=encoder.stop_ids)

@@ -37,7 +37,14 @@ from dpo.atomic import (
 from dpo.errors import InputError
 from dpo.train.checkpoint import Origin
 
-LIBRARIES = ("direct-preference-optimization", "torch", "transformers", "tokenizers", "numpy")
+LIBRARIES = (
+    "direct-preference-optimization",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "peft",
+)
 TRAIN_PROMPTS = "train_prompts.safetensors"
 PACKAGE = Path(__file__).parents[1]
 

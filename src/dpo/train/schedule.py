@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -33,9 +34,14 @@ def adamw(
     policy: nn.Module, *, beta1: float, beta2: float, epsilon: float, weight_decay: float
 ) -> Optimizer:
     """Fused AdamW (Loshchilov and Hutter 2019); decay on matrices only, not on biases and norms."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = decayed_and_not(policy, weight_decay=weight_decay)
     return AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=epsilon, fused=True)
+
+
+def decayed_and_not(policy: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters: matrices, which decay, and the rest, which does not."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]

@@ -22,6 +22,7 @@ from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, Unpai
 from dpo.data.split import prompt_digest
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
+from dpo.models.adapters import AdapterSettings, open_model
 from dpo.models.export import model_card, save_pretrained
 from dpo.models.fresh import fresh_gpt2, train_tokenizer
 from dpo.models.generate import generate
@@ -29,13 +30,13 @@ from dpo.models.load import (
     check_fit,
     find_model,
     find_tokenizer,
-    load_model,
     load_tokenizer,
     max_positions,
     pick_device,
     tokenizer_digest,
     weights_digest,
 )
+from dpo.models.plan import in_bfloat16
 from dpo.train.prepare import (
     SplitData,
     choose_template,
@@ -71,11 +72,15 @@ def open_policy(
     trust_remote_code: bool,
     *,
     key: str = "model",
+    adapter: AdapterSettings | None = None,
+    pure_bf16: bool = False,
 ) -> Policy:
     """Load a model, or make a fresh one with a tokenizer learnt from the texts.
 
     Args:
         key: what the user calls it, for messages.
+        adapter: of a model that is loaded; without one, an adapter that is found is merged.
+        pure_bf16: its weights are bfloat16.
 
     Raises:
         InputError: there is no such model, or the tokenizer does not fit it.
@@ -84,6 +89,7 @@ def open_policy(
         shape = config.fresh.model_dump(exclude={"vocab_size"})
         tokenizer = train_tokenizer(texts, vocab_size=config.fresh.vocab_size)
         model = fresh_gpt2(**shape, tokenizer=tokenizer, seed=seed)
+        model = in_bfloat16(model) if pure_bf16 else model
         return Policy(model.to(pick_device()), tokenizer, None, "fresh GPT-2")
     assert config.path is not None
     source = find_model(
@@ -94,14 +100,21 @@ def open_policy(
         if config.tokenizer is None
         else find_tokenizer(config.tokenizer, trust_remote_code=trust_remote_code)
     )
-    model = load_model(source)
+    model = open_model(source, adapter=adapter, seed=seed, pure_bf16=pure_bf16)
     check_fit(model, tokenizer, name=config.path)
     template = load_template(Path(source.path)) if source.local else None
-    return Policy(model.to(pick_device()), tokenizer, template, config.path)
+    if not getattr(model, "is_quantized", False):  # that one is where it was made
+        model = model.to(pick_device())
+    return Policy(model, tokenizer, template, config.path)
 
 
 def open_reference(
-    named: ModelConfig | None, policy: ModelConfig, seed: int, trust_remote_code: bool
+    named: ModelConfig | None,
+    policy: ModelConfig,
+    seed: int,
+    trust_remote_code: bool,
+    *,
+    pure_bf16: bool = False,
 ) -> Policy:
     """The model named as the reference, or else the one that the policy starts from, read apart
     from it: training cannot touch it.
@@ -109,9 +122,8 @@ def open_reference(
     Raises:
         InputError: as `open_policy`, under the key that the user gave.
     """
-    if named is None:
-        return open_policy(policy, [], seed, trust_remote_code)
-    return open_policy(named, [], seed, trust_remote_code, key="reference")
+    opened, key = (policy, "model") if named is None else (named, "reference")
+    return open_policy(opened, [], seed, trust_remote_code, key=key, pure_bf16=pure_bf16)
 
 
 def make_run_encoder(config: RunConfig, policy: Policy, data: SplitData[Any]) -> Encoder:
