@@ -251,9 +251,28 @@ class RunConfig(Section):
     save_every: Every = Field("epoch", description="'epoch', or steps.")
 
 
+class DistributedConfig(Section):
+    """How the processes that torchrun or accelerate starts share the work; one alone has all."""
+
+    kind: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: each has the whole model; fsdp: each a part (FSDP2)."
+    )
+    cpu_offload: bool = Field(False, description="fsdp on GPUs: its part stays in main memory.")
+    timeout_seconds: Positive = Field(
+        600.0, description="A process that is silent for longer is lost, and all end."
+    )
+
+    @model_validator(mode="after")
+    def _no_effectless_option(self) -> DistributedConfig:
+        if self.cpu_offload and self.kind != "fsdp":
+            raise ValueError("cpu_offload has no effect unless kind is fsdp")
+        return self
+
+
 class TrainingConfig(RunConfig):
     """Training on given rows, several times over if asked."""
 
+    distributed: DistributedConfig = DistributedConfig()
     epochs: Positive = Field(1.0, description="Passes over the training rows.")
     max_steps: Count | None = Field(None, description="Optimizer steps instead of epochs.")
 

@@ -195,6 +195,12 @@ def outcome(folder: Path) -> dict[str, object]:
 
 def forked(work: Callable[[], object]) -> int:
     """Do it in a process of its own; its exit code, or minus the signal that ended it."""
+    _, status = os.waitpid(fork(work), 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Begin it in a process of its own, which has this number and must be waited for."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads exist
         child = os.fork()
@@ -208,8 +214,7 @@ def forked(work: Callable[[], object]) -> int:
             traceback.print_exc()
         finally:
             os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    return child
 
 
 def kill_at(name: str, *, occurrence: int = 1, after: bool = False) -> None:

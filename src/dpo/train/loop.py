@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from dpo.atomic import replace_folder
 from dpo.config import RunConfig, TrainingConfig
-from dpo.data.order import batch_rows, split_by_tokens, steps_per_epoch
-from dpo.errors import DivergedError, Stopped
+from dpo.data.order import batch_rows, split_among, split_by_tokens, steps_per_epoch
+from dpo.errors import DivergedError, InputError, Stopped
 from dpo.models.recompute import recompute_without_dropout
 from dpo.progress import counting
-from dpo.train import checkpoint
+from dpo.train import checkpoint, ranks, sharding
 from dpo.train.background import CheckpointWriter
 from dpo.train.run import Run
 from dpo.train.schedule import adamw, learning_rate
@@ -211,13 +211,18 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
     Equal to one uninterrupted run bit for bit, wherever it was stopped: a step depends on the
     weights, the optimizer and its own number, and on nothing else.
 
+    Of several ranks each computes its share of every batch and holds the whole policy, or a part of
+    it (`distributed`); the first one writes.
+
     Raises:
+        InputError: the policy cannot be trained as `distributed` says.
         DivergedError: a loss, a gradient or an updated weight is not finite; what is not is logged
             as it is and never saved.
         Stopped: SIGTERM or SIGINT came; the state is saved.
         CheckpointError: there are checkpoints and none can be trusted.
         StorageError: a checkpoint cannot be written; the older ones stay.
     """
+    _distribute(method, policy, config)
     settings = config.optimizer
     optimizer = adamw(
         policy,
@@ -258,22 +263,35 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
             last = progression.step == total
             if last or progression.step % evaluate_every == 0:
                 _evaluate(method, policy, progression, run, every)
-            stopping = stop.signal is not None  # asked once: what is not saved is not called so
+            # Asked once: what is not saved is not called so.
+            stopping = ranks.any_of(stop.signal is not None)
             if last or stopping or progression.step % save_every == 0:
                 _save(method, policy, optimizer, progression, writer)
             if stopping and not last:
-                writer.finish()
+                with ranks.together():
+                    writer.finish()
                 raise Stopped(
                     f"Stopped at step {progression.step} of {total}; the state is saved. {GO_ON}"
                 )
-    with replace_folder(run.folder / "model") as folder:
-        method.save_model(policy, folder)
+    _write_model(method, policy, run, "model")
     run.update_manifest(
         steps=total,
         seconds_training=round(progression.seconds, 3),
         best_step=progression.best_step,
         best_loss=progression.best_loss,
     )
+
+
+def _distribute(method: Method, policy: nn.Module, config: RunConfig) -> None:
+    """Make the policy what `distributed` says.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    if isinstance(config, TrainingConfig) and config.distributed.kind == "fsdp":
+        if method.companion() is not None:
+            raise InputError("moving_reference: it is for distributed.kind=ddp, not fsdp.")
+        sharding.shard(policy, config.distributed)
 
 
 def training_step(
@@ -289,20 +307,24 @@ def training_step(
 
     Each pass adds `sum of its losses / weight of the whole batch`, so accumulation equals one
     large batch whatever the lengths, and the short last batch of an epoch is scaled by its own
-    size.
+    size. Several ranks split the batch, and the sum of their gradients is that of one.
     """
     rows = method.rows(policy, step, config)
     weight = method.weight(rows)
     costs = [method.num_tokens(row) for row in rows]
+    passes = [
+        _micro_batches(own, costs, max_tokens=config.batch.max_tokens)
+        for own in split_among(costs, parts=ranks.size())
+    ]
+    if method.whole_batch:  # the method sees to it that ranks share the rows
+        passes = [[list(range(len(rows)))]] * ranks.size()
+    micro_batches, num_passes = passes[ranks.rank()], max(map(len, passes))
     policy.train(config.dropout)
     if config.gradient_checkpointing:
         recompute_without_dropout(policy)
     optimizer.zero_grad(set_to_none=True)
     loss = 0.0
     sums: dict[str, float] = {}
-    micro_batches = split_by_tokens(costs, max_tokens=config.batch.max_tokens)
-    if method.whole_batch:
-        micro_batches = [list(range(len(rows)))]
     for number, members in enumerate(micro_batches):
         if config.dropout:
             _seed_dropout(config.seed, step, number)
@@ -312,7 +334,17 @@ def training_step(
         loss += result.loss.item() / weight
         for name, value in result.sums.items():
             sums[name] = sums.get(name, 0.0) + value / weight
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
+    if sharding.is_sharded(policy):
+        idle = [rows[costs.index(min(costs))]]
+        for _ in range(num_passes - len(micro_batches)):  # others run: keep step, add nothing
+            (method.loss(policy, idle).loss * 0).backward()
+    else:
+        ranks.sum_gradients(policy.parameters())
+    totals = ranks.total({"loss": loss, **sums})
+    loss = totals.pop("loss")
+    norm = sharding.whole(
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
+    )
     _check_finite(method, rows, step=step, loss=loss, gradient_norm=norm.item())
     rate = _set_learning_rate(optimizer, config, step, method.num_steps(config))
     optimizer.step()
@@ -320,11 +352,19 @@ def training_step(
         "loss": loss,
         "gradient_norm": norm.item(),
         "learning_rate": rate,
-        **sums,
+        **totals,
         "num_rows": len(rows),
         "num_tokens": sum(costs),
-        "num_passes": len(micro_batches),
+        "num_passes": num_passes,
     }
+
+
+def _micro_batches(own: list[int], costs: list[int], *, max_tokens: int) -> list[list[int]]:
+    """The rows that go through the model together, of those that are a rank's own: their places in
+    the batch.
+    """
+    groups = split_by_tokens([costs[i] for i in own], max_tokens=max_tokens)
+    return [[own[i] for i in members] for members in groups]
 
 
 @contextmanager
@@ -344,8 +384,8 @@ def _denormals_as_zero() -> Iterator[None]:
 
 
 def _seed_dropout(seed: int, step: int, number: int) -> None:
-    """Dropout masks are a function of seed, step and pass, so a resumed run draws the same."""
-    torch.manual_seed(seed * 1_000_003 + step * 1_009 + number)
+    """Dropout masks are a function of seed, step, pass and rank: a resumed run draws the same."""
+    torch.manual_seed(seed * 1_000_003 + step * 1_009 + number + (ranks.rank() << 40))
 
 
 def _check_finite(
@@ -382,7 +422,7 @@ def _resume(
     method: Method, policy: nn.Module, optimizer: torch.optim.Optimizer, run: Run
 ) -> Progression:
     """Go on from the newest checkpoint that verifies, or start."""
-    found = checkpoint.newest(run.checkpoints, run.origin)
+    found = _newest(run)
     if found is None:
         run.forget_after(-1)
         return Progression()
@@ -398,6 +438,17 @@ def _resume(
     return Progression.from_state(found.state)
 
 
+def _newest(run: Run) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint that verifies: the first rank reads them all, the others believe it."""
+    with ranks.together():
+        found = checkpoint.newest(run.checkpoints, run.origin) if run.writes else None
+    told = ranks.of_first(None if found is None else [found.folder.name, found.state, found.code])
+    if told is None:
+        return None
+    name, state, code = told
+    return checkpoint.Checkpoint(run.checkpoints / name, state, code)
+
+
 def _save(
     method: Method,
     policy: nn.Module,
@@ -406,18 +457,26 @@ def _save(
     writer: CheckpointWriter,
 ) -> None:
     """Copy the state as it is now, and let it be written while training goes on."""
-    for name, parameter in policy.named_parameters():
-        if not parameter.isfinite().all():
-            raise DivergedError(
-                f"Step {progression.step}: its update made {name} overflow; it is not saved and "
-                "the last checkpoint stays. Try a smaller learning rate."
-            )
+    sharding.settle(policy)
+    with ranks.together():
+        for name, parameter in policy.named_parameters():
+            if not sharding.local(parameter).isfinite().all():
+                raise DivergedError(
+                    f"Step {progression.step}: its update made {name} overflow; it is not saved "
+                    "and the last checkpoint stays. Try a smaller learning rate."
+                )
+    state = progression.as_state() | {"method": method.state()}
+    if sharding.is_sharded(policy):
+        writer.write_shards(policy, optimizer, state)
+        return
+    if not ranks.is_first():
+        return
     writer.finish()  # before the copy is made: there are never two
     started = time.perf_counter()
     taken = checkpoint.snapshot(
         policy,
         optimizer,
-        progression.as_state() | {"method": method.state()},
+        state,
         companion=method.companion(),
         tensors=method.tensors(),
     )
@@ -431,7 +490,7 @@ def _evaluate(
     policy.eval()
     started = time.perf_counter()
     with torch.no_grad():
-        metrics = method.evaluate(policy)
+        metrics = ranks.of_first(method.evaluate(policy))  # one answer, for all decide by it
     epoch = progression.step / steps_in_epoch
     seconds = round(time.perf_counter() - started, 3)
     run.log({"step": progression.step, "epoch": epoch, **metrics, "eval/seconds": seconds})
@@ -451,14 +510,23 @@ def _evaluate(
         )
     if metrics["eval/loss"] < progression.best_loss:
         progression.best_loss, progression.best_step = metrics["eval/loss"], progression.step
-        with replace_folder(run.folder / "best") as folder:
-            method.save_model(policy, folder)
+        _write_model(method, policy, run, "best")
+    sharding.settle(policy)
+
+
+def _write_model(method: Method, policy: nn.Module, run: Run, name: str) -> None:
+    """The policy as a Hugging Face folder, in one piece."""
+    model = sharding.whole_copy(policy) if sharding.is_sharded(policy) else policy
+    if run.writes:
+        assert model is not None
+        with replace_folder(run.folder / name) as folder:
+            method.save_model(model, folder)
 
 
 def _with_rates(
     row: dict[str, float], progression: Progression, seconds: float, steps_in_epoch: int
 ) -> dict[str, float]:
-    """A step's metrics with its place in the run, its speed and the memory it took."""
+    """A step's metrics with its place in the run, its speed and the memory of the fullest rank."""
     return {
         "step": progression.step,
         "epoch": progression.step / steps_in_epoch,
@@ -466,7 +534,7 @@ def _with_rates(
         "seconds": round(seconds, 4),
         "tokens_per_second": round(row["num_tokens"] / seconds, 1),
         "rows_per_second": round(row["num_rows"] / seconds, 2),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": max(ranks.gather(peak_memory_bytes())),
     }
 
 
