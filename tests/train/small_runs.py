@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+from safetensors.numpy import load_file
+
 from dpo.cli import main
 from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, validate
 from dpo.train.run import read_metrics
@@ -189,8 +191,19 @@ def outcome(folder: Path) -> dict[str, object]:
         *folder.glob("samples/*.jsonl"),
         *folder.glob("held_out.csv"),
     ]
-    found = {str(file.relative_to(folder)): sha256(file) for file in sorted(files)}
+    found = {str(file.relative_to(folder)): _content(file) for file in sorted(files)}
     return {**found, "state": state, "metrics": metrics_of(folder)}
+
+
+def _content(file: Path) -> str:
+    """A digest of what a file holds. Those of a checkpoint in parts have a header whose order is
+    random, so it is that of their tensors.
+    """
+    if not file.name.startswith("shard-"):
+        return sha256(file)
+    tensors = sorted(load_file(file).items())
+    texts = [f"{name} {values.shape} {values.tobytes().hex()}" for name, values in tensors]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()
 
 
 def forked(work: Callable[[], object]) -> int:

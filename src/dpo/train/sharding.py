@@ -138,7 +138,7 @@ def write_shards(folder: Path, policy: nn.Module, optimizer: Optimizer) -> None:
             tensors[f"{name}/{entry}"] = value.reshape(1) if value.dim() == 0 else value
     try:
         dcp.save(
-            dict(sorted(tensors.items())),  # equal states are equal files
+            dict(sorted(tensors.items())),  # of equal states each rank writes the same
             storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
         )
     except CheckpointException as error:
