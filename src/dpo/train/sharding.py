@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -29,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo.config import DistributedConfig
 from dpo.errors import CheckpointError, InputError, StorageError
-from dpo.models.scoring import scoring_plan
+from dpo.models.plan import scoring_plan
 from dpo.train import ranks
 
 SHARDS = "shard-*.safetensors"
@@ -107,11 +108,11 @@ def whole_copy(policy: nn.Module) -> nn.Module | None:
     settle(policy)
     _, own_class = type(policy).__bases__  # (FSDPModule, what the class was before)
     targets: dict[str, Tensor] = {}
-    copy: Any = None
+    copy: nn.Module | None = None
     if ranks.is_first():
         with torch.device("meta"):
             copy = own_class(policy.config)
-        copy.to_empty(device="cpu").tie_weights()
+        copy.to_empty(device="cpu").tie_weights()  # type: ignore[operator]
         targets = dict(copy.named_parameters()) | dict(copy.named_buffers())
     for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
         full = whole(tensor)
@@ -137,7 +138,7 @@ def write_shards(folder: Path, policy: nn.Module, optimizer: Optimizer) -> None:
             # A count is kept as a vector of one: torch's reader takes no scalars.
             tensors[f"{name}/{entry}"] = value.reshape(1) if value.dim() == 0 else value
     try:
-        dcp.save(
+        save(
             dict(sorted(tensors.items())),  # of equal states each rank writes the same
             storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
         )
@@ -153,7 +154,7 @@ def read_shards(folder: Path, policy: nn.Module, optimizer: Optimizer) -> None:
         CheckpointError: the tensors are not those of this model.
     """
     reader = HuggingFaceStorageReader(str(folder))
-    saved = reader.read_metadata().state_dict_metadata
+    saved: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     targets = weights(policy)
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, parameter in policy.named_parameters():
@@ -169,7 +170,7 @@ def read_shards(folder: Path, policy: nn.Module, optimizer: Optimizer) -> None:
     try:
         with warnings.catch_warnings():  # that a process is alone is no news to it
             warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
-            dcp.load(targets, storage_reader=reader)
+            load(targets, storage_reader=reader)
     except CheckpointException as error:
         raise CheckpointError(f"{folder} cannot be read: {_reasons(error)}.") from error
     for parameter, entries in state.items():
