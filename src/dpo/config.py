@@ -257,16 +257,9 @@ class DistributedConfig(Section):
     kind: Literal["ddp", "fsdp"] = Field(
         "ddp", description="ddp: each has the whole model; fsdp: each a part (FSDP2)."
     )
-    cpu_offload: bool = Field(False, description="fsdp on GPUs: its part stays in main memory.")
     timeout_seconds: Positive = Field(
         600.0, description="A process that is silent for longer is lost, and all end."
     )
-
-    @model_validator(mode="after")
-    def _no_effectless_option(self) -> DistributedConfig:
-        if self.cpu_offload and self.kind != "fsdp":
-            raise ValueError("cpu_offload has no effect unless kind is fsdp")
-        return self
 
 
 class TrainingConfig(RunConfig):

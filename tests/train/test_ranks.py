@@ -1,5 +1,6 @@
 """Several ranks train what one process does; killed, stopped or silent, all end, and it goes on."""
 
+import errno
 import os
 import signal
 import time
@@ -219,18 +220,19 @@ def test_a_short_batch_leaves_a_rank_without_rows(tmp_path):
 def test_a_reward_model_trains_as_in_one_process(tmp_path):
     sft_run()
 
-    def reward_config(folder):
+    def reward_config(folder, kind):
         changes = COMMON | {"max_steps": 4, "model": {"path": str(sft_run())}, "out": str(folder)}
-        changes["evaluation"] = {"every": 4, "max_rows": 16}
+        changes |= {"evaluation": {"every": 4, "max_rows": 16}, "distributed.kind": kind}
         return validate(RewardConfig, merged({"data": DATA, "batch": {"size": 8}}, changes))
 
-    def train_alone_or_together(folder):
-        config = reward_config(folder)
+    def train_alone_or_together(folder, kind="ddp"):
+        config = reward_config(folder, kind)
         with ranks.joined(config.distributed):
             train_reward(config)
 
     assert on_ranks(2, lambda rank: train_alone_or_together(tmp_path / "two")) == [0, 0]
     train_alone_or_together(tmp_path / "one")
+    assert on_ranks(2, lambda rank: train_alone_or_together(tmp_path / "x", "fsdp")) == [2, 2]
     check_equal(tmp_path / "two", tmp_path / "one")
 
 
@@ -277,7 +279,7 @@ def restored(rank, folder, file, *, in_parts):
     settings = validate(DistributedConfig, FSDP if in_parts else {})
     with ranks.joined(settings):
         if in_parts:
-            sharding.shard(model, settings)
+            sharding.shard(model)
         optimizer = adamw(model, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -339,15 +341,62 @@ def test_recomputation_and_bf16_work_in_parts(tmp_path):
 def test_fsdp_says_what_it_cannot_do(tmp_path):
     with pytest.raises(InputError, match="start it with torchrun"):
         train(config_of("sft", "fsdp", tmp_path / "run"))
-    with pytest.raises(InputError, match="cpu_offload has no effect unless kind is fsdp"):
-        config_of("sft", "ddp", tmp_path / "run", {"distributed.cpu_offload": True})
 
-    def offloading(rank):
-        changes = {"distributed.cpu_offload": True}
-        train(config_of("sft", "fsdp", tmp_path / "run", changes))
+    def moving(rank):
+        changes = {"moving_reference": {"every": 2}}
+        train(config_of("dpo", "fsdp", tmp_path / "run", changes))
 
-    assert on_ranks(2, offloading, said=tmp_path) == [2, 2]
-    assert "has no effect without a GPU" in (tmp_path / "rank-0.txt").read_text()
+    assert on_ranks(2, moving, said=tmp_path) == [2, 2]
+    assert (
+        "moving_reference: it is for distributed.kind=ddp" in (tmp_path / "rank-0.txt").read_text()
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "neox"])
+def test_other_architectures_are_cut_run_and_put_together_again(name, tmp_path):
+    sequences = [TokenSequence(tuple(range(2, 9 + i % 5)), 1 + i % 3) for i in range(7)]
+    settings = validate(DistributedConfig, FSDP)
+    plain = make(name, 300)
+    expected = response_logps(plain, sequences)
+    expected.sum().backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+
+    def cut(rank):
+        model = make(name, 300)
+        with ranks.joined(settings):
+            sharding.shard(model)
+            found = response_logps(model, sequences)
+            (found.sum() / 2).backward()  # both ranks do: half of it each
+            gradients = [parameter.grad for parameter in model.parameters()]
+            torch.testing.assert_close(found, expected)
+            total = sharding.whole(torch.nn.utils.get_total_norm(gradients))
+            torch.testing.assert_close(total, norm, rtol=1e-5, atol=0)
+            whole = sharding.whole_copy(model)
+            if rank == 0:
+                assert type(whole) is type(plain)
+                for key, value in plain.state_dict().items():
+                    assert torch.equal(whole.state_dict()[key], value)
+
+    assert on_ranks(2, cut) == [0, 0]
+
+
+def test_a_disk_that_fills_on_one_rank_costs_no_older_checkpoint(tmp_path):
+    config = config_of("sft", "fsdp", tmp_path / "run")
+
+    def filling(rank):
+        write = sharding.HuggingFaceStorageWriter.write_data
+
+        def write_data(writer, plan, planner):
+            if rank == 1 and "step-00000020" in str(writer.path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(writer, plan, planner)
+
+        sharding.HuggingFaceStorageWriter.write_data = write_data
+        train(config)
+
+    assert on_ranks(2, filling, said=tmp_path) == [5, 5]
+    assert "process 1: [Errno 28] No space left on device" in (tmp_path / "rank-0.txt").read_text()
+    assert [f.name for f in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000010"]
 
 
 def test_commands_for_one_process_refuse_a_launcher(monkeypatch):

@@ -291,7 +291,7 @@ def _distribute(method: Method, policy: nn.Module, config: RunConfig) -> None:
     if isinstance(config, TrainingConfig) and config.distributed.kind == "fsdp":
         if method.companion() is not None:
             raise InputError("moving_reference: it is for distributed.kind=ddp, not fsdp.")
-        sharding.shard(policy, config.distributed)
+        sharding.shard(policy)
 
 
 def training_step(

@@ -83,7 +83,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         if not _is_lost(error):
             raise
         raise RankLost(
-            f"Rank {rank()}: another process of the run ended, or did not answer for "
+            f"Rank {os.environ['RANK']}: another process of the run ended, or did not answer for "
             f"{config.timeout_seconds:g} seconds (distributed.timeout_seconds); its own message "
             "says why. The same command goes on from the last checkpoint."
         ) from error

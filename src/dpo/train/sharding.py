@@ -23,12 +23,11 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo.config import DistributedConfig
 from dpo.errors import CheckpointError, InputError, StorageError
 from dpo.models.plan import scoring_plan
 from dpo.train import ranks
@@ -37,32 +36,27 @@ SHARDS = "shard-*.safetensors"
 """The files of a checkpoint in parts, one of each rank that wrote it."""
 
 
-def shard(policy: nn.Module, config: DistributedConfig) -> None:
+def shard(policy: nn.Module) -> None:
     """Leave each rank its part of every parameter, block by block.
 
     Raises:
-        InputError: there is no launcher, the model is none that can be run the same number of times
-            everywhere, or there is nothing to offload from.
+        InputError: there is no launcher, or the model is none that can be run the same number of
+            times everywhere.
     """
     if not dist.is_initialized():
         raise InputError(
             "distributed.kind: fsdp shares the model out among the processes of a launcher; start "
             "it with torchrun --nproc-per-node N -m dpo.cli ..."
         )
-    device = next(policy.parameters()).device
-    if config.cpu_offload and device.type == "cpu":
-        raise InputError("distributed.cpu_offload: has no effect without a GPU.")
     name = type(policy).__name__
     if policy.get_output_embeddings() is None:  # type: ignore[operator]
         raise InputError(f"distributed.kind: {name} is no language model; use ddp.")
     if not scoring_plan(policy).packed:  # padded rows are run in as many pieces as they need
         raise InputError(f"distributed.kind: {name} is run on padded rows; use ddp.")
-    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (ranks.size(),))}
-    if config.cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy()
+    mesh = init_device_mesh(next(policy.parameters()).device.type, (ranks.size(),))
     blocks = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in (*blocks, policy):
-        fully_shard(module, **options)
+        fully_shard(module, mesh=mesh)
     for part in _parts(policy):  # the loop divides by the batch's own weight: gradients are summed
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
