@@ -123,6 +123,11 @@ def jsonable(value: Any) -> Any:
     return value
 
 
+def unfinished(folder: Path) -> Path:
+    """The name of a folder while `replace_folder` fills it."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Fill a new folder under another name; it takes the place of `folder` only when complete.
@@ -130,7 +135,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full, read-only or gone; an older folder is left as it was.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = unfinished(folder)
     old = folder.with_name(f".{folder.name}.old")
     with storage_errors(folder):
         shutil.rmtree(temporary, ignore_errors=True)

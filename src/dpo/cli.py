@@ -54,8 +54,13 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+DISTRIBUTED = ("sft", "train", "reward")
+"""The commands that torchrun or accelerate may start several times over."""
+
+
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[  # taken out of the words by main(), so that it may stand anywhere
         bool, typer.Option("--debug", help="Show tracebacks of errors.")
     ] = False,
@@ -65,6 +70,9 @@ def options(
     ] = False,
 ) -> None:
     """Set up what all commands share."""
+    command = context.invoked_subcommand
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in DISTRIBUTED:
+        raise InputError(f"dpo {command} is one process; start it without torchrun or accelerate.")
     _set_up_logging(logging.WARNING if quiet else logging.INFO)
 
 
@@ -117,12 +125,15 @@ def sft(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -
 
     config = _read(SFTConfig, settings)
     from dpo.report.runs import finish_run
+    from dpo.train import ranks
     from dpo.train.jobs import train_sft
 
     _quiet_transformers()
-    folder = train_sft(config, trust_remote_code=trust_remote_code)
-    finish_run(folder)
-    _leave_page(folder)
+    with ranks.joined(config.distributed):
+        folder = train_sft(config, trust_remote_code=trust_remote_code)
+        if ranks.is_first():
+            finish_run(folder)
+            _leave_page(folder)
 
 
 @app.command(
@@ -135,12 +146,15 @@ def train(settings: Settings = None, trust_remote_code: TrustRemoteCode = False)
 
     config = _read(PreferenceConfig, settings)
     from dpo.report.diagnostics_figures import finish_preference_run
+    from dpo.train import ranks
     from dpo.train.jobs import train_preference
 
     _quiet_transformers()
-    folder = train_preference(config, trust_remote_code=trust_remote_code)
-    finish_preference_run(folder)
-    _leave_page(folder)
+    with ranks.joined(config.distributed):
+        folder = train_preference(config, trust_remote_code=trust_remote_code)
+        if ranks.is_first():
+            finish_preference_run(folder)
+            _leave_page(folder)
 
 
 @app.command(
@@ -153,12 +167,15 @@ def reward(settings: Settings = None, trust_remote_code: TrustRemoteCode = False
 
     config = _read(RewardConfig, settings)
     from dpo.report.reward import finish_reward_run
+    from dpo.train import ranks
     from dpo.train.reward import train_reward
 
     _quiet_transformers()
-    folder = train_reward(config, trust_remote_code=trust_remote_code)
-    finish_reward_run(folder)
-    _leave_page(folder)
+    with ranks.joined(config.distributed):
+        folder = train_reward(config, trust_remote_code=trust_remote_code)
+        if ranks.is_first():
+            finish_reward_run(folder)
+            _leave_page(folder)
 
 
 @app.command(

@@ -39,3 +39,11 @@ class Stopped(DPOError):
     """
 
     exit_code = 75
+
+
+class RankLost(DPOError):
+    """Another process of the run ended or is silent; the same command goes on from the last
+    checkpoint (exit 6).
+    """
+
+    exit_code = 6

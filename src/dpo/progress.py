@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,8 @@ def counting(what: str, total: int, *, done: int = 0, detail: str = "") -> Itera
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    hidden = not console.is_terminal  # a log file is no place for a bar
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
+    hidden = not (console.is_terminal and first)  # a log file is no place for a bar
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(what, total=total, completed=done, detail="")
 

@@ -1,8 +1,12 @@
-"""What docs/reliability.md says is there: the tests that it names, the record that it shows."""
+"""What docs/reliability.md says is there: the tests that it names, the record that it shows; and
+the tests that docs/distributed.md names.
+"""
 
 import json
 import re
 from pathlib import Path
+
+import pytest
 
 from chaos.harness import PHASES
 from chaos.variants import VARIANTS
@@ -14,12 +18,14 @@ RECORD = json.loads(
 )
 
 
-def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"`(test_\w+)`", PAGE))
-    files = set(re.findall(r"`(tests/\S+\.py)`", PAGE))
+@pytest.mark.parametrize(("page", "at_least"), [("reliability", 20), ("distributed", 12)])
+def test_every_test_that_the_page_names_exists(page, at_least):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", text))
+    files = set(re.findall(r"`(tests/\S+\.py)`", text))
     assert not {file for file in files if not (ROOT / file).is_file()}
     code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
-    assert len(named) > 20
+    assert len(named) > at_least
     assert not {name for name in named if f"def {name}(" not in code}
 
 

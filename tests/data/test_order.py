@@ -14,6 +14,7 @@ from dpo.data.order import (
     batch_rows,
     epoch_order,
     group_by_length,
+    split_among,
     split_by_tokens,
     steps_per_epoch,
 )
@@ -120,3 +121,15 @@ def test_grouping_and_splitting_are_functions_of_the_lengths_with_ties_by_positi
     assert split_by_tokens([5, 5, 5], max_tokens=10) == [[0, 1], [2]]
     assert group_by_length([], max_tokens=10) == []
     assert split_by_tokens([], max_tokens=10) == []
+
+
+@given(LENGTHS, st.integers(1, 9))
+def test_ranks_share_a_batch_by_tokens_and_every_row_is_someones(
+    costs: list[int], parts: int
+) -> None:
+    shares = split_among(costs, parts=parts)
+    assert sorted(i for share in shares for i in share) == list(range(len(costs)))
+    assert all(share == sorted(share) for share in shares)
+    assert split_among(costs, parts=1) == [list(range(len(costs)))]
+    loads = [sum(costs[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs, default=0)

@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+from safetensors.numpy import load_file
+
 from dpo.cli import main
 from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, validate
 from dpo.train.run import read_metrics
@@ -189,12 +191,29 @@ def outcome(folder: Path) -> dict[str, object]:
         *folder.glob("samples/*.jsonl"),
         *folder.glob("held_out.csv"),
     ]
-    found = {str(file.relative_to(folder)): sha256(file) for file in sorted(files)}
+    found = {str(file.relative_to(folder)): _content(file) for file in sorted(files)}
     return {**found, "state": state, "metrics": metrics_of(folder)}
+
+
+def _content(file: Path) -> str:
+    """A digest of what a file holds. Those of a checkpoint in parts have a header whose order is
+    random, so it is that of their tensors.
+    """
+    if not file.name.startswith("shard-"):
+        return sha256(file)
+    tensors = sorted(load_file(file).items())
+    texts = [f"{name} {values.shape} {values.tobytes().hex()}" for name, values in tensors]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()
 
 
 def forked(work: Callable[[], object]) -> int:
     """Do it in a process of its own; its exit code, or minus the signal that ended it."""
+    _, status = os.waitpid(fork(work), 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Begin it in a process of its own, which has this number and must be waited for."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads exist
         child = os.fork()
@@ -208,8 +227,7 @@ def forked(work: Callable[[], object]) -> int:
             traceback.print_exc()
         finally:
             os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    return child
 
 
 def kill_at(name: str, *, occurrence: int = 1, after: bool = False) -> None:

@@ -68,7 +68,7 @@ def verify(folder, origin=ORIGIN):
 
 
 def states(model, optimizer):
-    return checkpoint._weights(model) | checkpoint._optimizer_tensors(model, optimizer)
+    return checkpoint.weights(model) | checkpoint._optimizer_tensors(model, optimizer)
 
 
 def test_no_checkpoint_is_none_and_no_error(tmp_path):

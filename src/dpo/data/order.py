@@ -82,3 +82,19 @@ def split_by_tokens(costs: Sequence[int], *, max_tokens: int) -> list[list[int]]
         batches[-1].append(i)
         filled += costs[i]
     return batches
+
+
+def split_among(costs: Sequence[int], *, parts: int) -> list[list[int]]:
+    """Split rows among processes, about as many tokens to each: from the longest to the shortest,
+    each to the one that has the fewest. A part may be empty; in each, rows keep their order.
+
+    >>> split_among([5, 9, 2, 4], parts=2)
+    [[1, 2], [0, 3]]
+    """
+    members: list[list[int]] = [[] for _ in range(parts)]
+    filled = [0] * parts
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        least = filled.index(min(filled))
+        members[least].append(i)
+        filled[least] += costs[i]
+    return [sorted(part) for part in members]

@@ -7,6 +7,10 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
 
 from dpo.errors import DPOError
 from dpo.train import checkpoint
@@ -55,6 +59,20 @@ class CheckpointWriter:
         self._run.sync_metrics()
         return checkpoint.write(self._run.checkpoints, taken, self._run.origin)
 
+    def write_shards(self, policy: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Write a checkpoint of a sharded policy now: all ranks write together, none in a thread.
+
+        Raises:
+            StorageError: it could not be written; older checkpoints are as they were.
+        """
+        if self._run.writes:
+            self._run.sync_metrics()
+        written = checkpoint.write_shards(
+            self._run.checkpoints, policy, optimizer, state, self._run.origin
+        )
+        if written is not None:
+            self._log(int(state["step"]), written, blocked=written.seconds)
+
     def poll(self) -> None:
         """Log the save, if it has ended, or raise what it failed with; never waits."""
         if self._save is not None and self._save.written.done():
@@ -72,9 +90,12 @@ class CheckpointWriter:
         started = time.perf_counter()
         written = save.written.result()
         blocked = save.copy_seconds + time.perf_counter() - started
+        self._log(save.step, written, blocked=blocked)
+
+    def _log(self, step: int, written: Written, *, blocked: float) -> None:
         self._run.log(
             {
-                "step": save.step,
+                "step": step,
                 "save/seconds": round(written.seconds, 4),
                 "save/bytes": written.num_bytes,
                 "save/blocked_seconds": round(blocked, 4),

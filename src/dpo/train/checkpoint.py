@@ -8,8 +8,9 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpo.atomic import fsync_folder, replace_folder, storage_errors, write_json
+from dpo.atomic import fsync_folder, replace_folder, storage_errors, unfinished, write_json
 from dpo.errors import CheckpointError
+from dpo.train import ranks, sharding
+from dpo.train.sharding import weights
 
 MANIFEST = "MANIFEST.json"
 COMPANION = "companion.safetensors"
@@ -102,11 +105,11 @@ def snapshot(
         tensors: what the method carries from step to step: samples that it still trains on.
     """
     files: dict[str, Mapping[str, Tensor]] = {
-        "model.safetensors": _weights(policy),
+        "model.safetensors": weights(policy),
         "optimizer.safetensors": _optimizer_tensors(policy, optimizer),
     }
     if companion is not None:
-        files[COMPANION] = _weights(companion)
+        files[COMPANION] = weights(companion)
     if tensors:
         files[METHOD] = tensors
     copies = {
@@ -122,15 +125,51 @@ def write(root: Path, taken: Snapshot, origin: Origin) -> Written:
     Raises:
         StorageError: the disk is full, read-only or gone; older checkpoints are as they were.
     """
+
+    def fill(folder: Path) -> None:
+        for name, tensors in taken.tensors.items():
+            save_file(tensors, folder / name)
+
+    return _write(root, taken.state, origin, fill)
+
+
+def write_shards(
+    root: Path, policy: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], origin: Origin
+) -> Written | None:
+    """The same of a sharded policy: every rank writes its part, the first the rest. None on the
+    others.
+
+    Raises:
+        StorageError: as `write`.
+    """
+
+    def fill(folder: Path) -> None:
+        with ranks.together():  # the folder is there
+            pass
+        sharding.write_shards(folder, policy, optimizer)
+
+    if ranks.is_first():
+        return _write(root, state, origin, fill)
+    fill(unfinished(_folder(root, state)))
+    return None
+
+
+def _folder(root: Path, state: Mapping[str, Any]) -> Path:
+    return root / f"step-{int(state['step']):08d}"
+
+
+def _write(
+    root: Path, state: Mapping[str, Any], origin: Origin, fill: Callable[[Path], None]
+) -> Written:
+    """A checkpoint whose tensors `fill` writes into the folder that it is given."""
     started = time.perf_counter()
-    folder = root / f"step-{int(taken.state['step']):08d}"
+    folder = _folder(root, state)
     with storage_errors(root):
         root.mkdir(exist_ok=True)
         fsync_folder(root.parent)
     with replace_folder(folder) as temporary:
-        for name, tensors in taken.tensors.items():
-            save_file(tensors, temporary / name)
-        write_json(temporary / "state.json", taken.state)
+        fill(temporary)
+        write_json(temporary / "state.json", state)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)}
             for file in sorted(temporary.iterdir())
@@ -179,7 +218,9 @@ def verify(folder: Path, origin: Origin) -> str | None:
         claimed = dict(manifest["origin"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or damaged"
-    for required in ("model.safetensors", "optimizer.safetensors", "state.json"):
+    whole = not any(fnmatch(name, sharding.SHARDS) for name in expected)
+    tensors = ("model.safetensors", "optimizer.safetensors") if whole else ()
+    for required in (*tensors, "state.json"):
         if required not in expected:
             return f"{MANIFEST} does not list {required}"
     for name, entry in expected.items():
@@ -207,6 +248,10 @@ def restore(
     Raises:
         CheckpointError: the tensors are not those of this model.
     """
+    in_parts = any(checkpoint.folder.glob(sharding.SHARDS))
+    if in_parts or sharding.is_sharded(policy):
+        sharding.read_shards(checkpoint.folder, policy, optimizer)
+        return
     _put_back(policy, checkpoint.folder / "model.safetensors")
     if companion is not None:
         _put_back(companion, checkpoint.folder / COMPANION)
@@ -228,19 +273,12 @@ def method_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _put_back(model: nn.Module, file: Path) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file.parent}: {file.name} is missing; it is of another run.")
-    weights, own = load_file(file), _weights(model)
-    if weights.keys() != own.keys() or any(weights[n].shape != own[n].shape for n in own):
+    saved, own = load_file(file), weights(model)
+    if saved.keys() != own.keys() or any(saved[n].shape != own[n].shape for n in own):
         raise CheckpointError(f"{file.parent}: its weights are those of another model.")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(weights[name])
-
-
-def _weights(policy: nn.Module) -> dict[str, Tensor]:
-    """What training changes: parameters by name, tied ones once, frozen ones not; and buffers."""
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    tensors = trained | dict(policy.named_buffers())
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+            tensor.copy_(saved[name])
 
 
 def _optimizer_tensors(policy: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -197,7 +197,7 @@ class HeldOutFile:
         Raises:
             StorageError: the file cannot be written.
         """
-        if not pairs:
+        if not pairs or not self.run.writes:
             return
         if any("eval/loss" in row for row in self.run.metrics()):
             first = [(p.start_chosen_logp, p.start_rejected_logp) for p in self._before(pairs)]

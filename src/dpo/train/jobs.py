@@ -75,7 +75,8 @@ def train_sft(config: SFTConfig, *, trust_remote_code: bool = False) -> Path:
             max_logit_bytes=config.batch.max_logit_mib << 20,
             save=model_saver(config, policy, encoder, "Supervised fine-tuning on response tokens."),
         )
-        save_train_prompts(run.folder, prompts_seen(config, data))
+        if run.writes:
+            save_train_prompts(run.folder, prompts_seen(config, data))
         fit(method, policy.model, config, run)
         write_samples(policy, encoder, held_out, config, run)
         run.update_manifest(status="finished")
@@ -111,9 +112,11 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
         method = _preference_method(config, objective, data, policy, reference, encoder, reward)
         _warn_of_whole_batches(method, config)
         method.keep_held_out = HeldOutFile(run).write
-        save_train_prompts(run.folder, prompts_seen(config, data))
+        if run.writes:
+            save_train_prompts(run.folder, prompts_seen(config, data))
         fit(method, policy.model, config, run)
-        write_displaced(run.folder, encoder, method.test, method.kind.sequences(method.test))
+        if run.writes:
+            write_displaced(run.folder, encoder, method.test, method.kind.sequences(method.test))
         write_samples(policy, encoder, choose_held_out(data.test, config), config, run)
         run.update_manifest(status="finished")
     return run.folder

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from dpo.atomic import replace_folder
 from dpo.config import RunConfig, TrainingConfig
-from dpo.data.order import batch_rows, split_by_tokens, steps_per_epoch
+from dpo.data.order import batch_rows, split_among, split_by_tokens, steps_per_epoch
 from dpo.errors import DivergedError, InputError, Stopped
 from dpo.models.adapters import parameter_counts, train_adapters
 from dpo.models.recompute import recompute_without_dropout
 from dpo.progress import counting
-from dpo.train import checkpoint
+from dpo.train import checkpoint, ranks, sharding
 from dpo.train.background import CheckpointWriter
 from dpo.train.optimizers import denormals_as_zero, make_optimizer, stepping_in_backward
 from dpo.train.run import Run
@@ -213,7 +213,11 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
     Equal to one uninterrupted run bit for bit, wherever it was stopped: a step depends on the
     weights, the optimizer and its own number, and on nothing else.
 
+    Of several ranks each computes its share of every batch and holds the whole policy, or a part of
+    it (`distributed`); the first one writes.
+
     Raises:
+        InputError: the policy cannot be trained as `distributed` says.
         DivergedError: a loss, a gradient or an updated weight is not finite; what is not is logged
             as it is and never saved.
         Stopped: SIGTERM or SIGINT came; the state is saved.
@@ -222,6 +226,7 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
     """
     if config.optimizer.in_backward:
         check_one_pass(method, config)
+    _distribute(method, policy, config)
     optimizer = make_optimizer(policy, config.optimizer)
     progression = _resume(method, policy, optimizer, run)
     total = method.num_steps(config)
@@ -255,16 +260,17 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
             last = progression.step == total
             if last or progression.step % evaluate_every == 0:
                 _evaluate(method, policy, progression, run, every)
-            stopping = stop.signal is not None  # asked once: what is not saved is not called so
+            # Asked once: what is not saved is not called so.
+            stopping = ranks.any_of(stop.signal is not None)
             if last or stopping or progression.step % save_every == 0:
                 _save(method, policy, optimizer, progression, writer)
             if stopping and not last:
-                writer.finish()
+                with ranks.together():
+                    writer.finish()
                 raise Stopped(
                     f"Stopped at step {progression.step} of {total}; the state is saved. {GO_ON}"
                 )
-    with replace_folder(run.folder / "model") as folder:
-        method.save_model(policy, folder)
+    _write_model(method, policy, run, "model")
     run.update_manifest(
         steps=total,
         seconds_training=round(progression.seconds, 3),
@@ -293,6 +299,33 @@ def check_one_pass(method: Method, config: RunConfig) -> None:
         )
 
 
+def _distribute(method: Method, policy: nn.Module, config: RunConfig) -> None:
+    """Make the policy what `distributed` says.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    if ranks.size() > 1 and config.optimizer.in_backward:
+        raise InputError(
+            "optimizer.in_backward: it is for one process; several must add their gradients up "
+            "before a weight may move."
+        )
+    if isinstance(config, TrainingConfig) and config.distributed.kind == "fsdp":
+        for key, given in _WHOLE_ONLY.items():
+            if given(method, config):
+                raise InputError(f"{key}: it is for distributed.kind=ddp, not fsdp.")
+        sharding.shard(policy)
+
+
+_WHOLE_ONLY: dict[str, Callable[[Method, TrainingConfig], bool]] = {
+    "moving_reference": lambda method, config: method.companion() is not None,
+    "adapter": lambda method, config: config.adapter is not None,
+    "precision=pure_bf16": lambda method, config: config.precision == "pure_bf16",
+    "optimizer.name": lambda method, config: config.optimizer.name != "adamw",
+}
+"""Settings that need the whole policy on each rank, and when they are in force."""
+
+
 def training_step(
     method: Method,
     policy: nn.Module,
@@ -306,38 +339,26 @@ def training_step(
 
     Each pass adds `sum of its losses / weight of the whole batch`, so accumulation equals one
     large batch whatever the lengths, and the short last batch of an epoch is scaled by its own
-    size.
+    size. Several ranks split the batch, and the sum of their gradients is that of one.
     """
     rows = method.rows(policy, step, config)
-    weight = method.weight(rows)
     costs = [method.num_tokens(row) for row in rows]
+    passes = _passes(method, costs, config)
     policy.train(config.dropout)
     if config.adapter is not None:
         train_adapters(policy)
     if config.gradient_checkpointing:
         recompute_without_dropout(policy)
     optimizer.zero_grad(set_to_none=True)
-    loss = 0.0
-    sums: dict[str, float] = {}
-    micro_batches = split_by_tokens(costs, max_tokens=config.batch.max_tokens)
-    if method.whole_batch:
-        micro_batches = [list(range(len(rows)))]
     rate = _set_learning_rate(optimizer, config, step, method.num_steps(config))
     in_backward = config.optimizer.in_backward
-    stepping = stepping_in_backward(optimizer) if in_backward else nullcontext()
-    with stepping as stepped:
-        for number, members in enumerate(micro_batches):
-            if config.draws_dropout:
-                _seed_dropout(config.seed, step, number)
-            with denormals_as_zero():
-                result = method.loss(policy, [rows[i] for i in members])
-                (result.loss / weight).backward()
-            loss += result.loss.item() / weight
-            for name, value in result.sums.items():
-                sums[name] = sums.get(name, 0.0) + value / weight
+    with stepping_in_backward(optimizer) if in_backward else nullcontext() as stepped:
+        totals = _backward(method, policy, rows, passes, config, step=step)
+    loss = totals.pop("loss")
     if stepped is None:
         most = config.optimizer.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), most).item()
+        clipped = torch.nn.utils.clip_grad_norm_(policy.parameters(), most)
+        norm = sharding.whole(clipped).item()
     else:
         norm = stepped.norm
     _check_finite(method, rows, step=step, loss=loss, gradient_norm=norm)
@@ -347,16 +368,56 @@ def training_step(
         "loss": loss,
         "gradient_norm": norm,
         "learning_rate": rate,
-        **sums,
+        **totals,
         "num_rows": len(rows),
         "num_tokens": sum(costs),
-        "num_passes": len(micro_batches),
+        "num_passes": max(map(len, passes)),
     }
 
 
+def _passes(method: Method, costs: list[int], config: RunConfig) -> list[list[list[int]]]:
+    """For each rank the passes that it makes, each with the places of its rows in the batch."""
+    if method.whole_batch:  # the method sees to it that ranks share the rows
+        return [[list(range(len(costs)))]] * ranks.size()
+    found = []
+    for own in split_among(costs, parts=ranks.size()):
+        groups = split_by_tokens([costs[i] for i in own], max_tokens=config.batch.max_tokens)
+        found.append([[own[i] for i in members] for members in groups])
+    return found
+
+
+def _backward(
+    method: Method,
+    policy: nn.Module,
+    rows: Sequence[int],
+    passes: list[list[list[int]]],
+    config: RunConfig,
+    *,
+    step: int,
+) -> dict[str, float]:
+    """Run this rank's passes and add all ranks' gradients up; loss and metrics of the batch."""
+    weight = method.weight(rows)
+    totals = {"loss": 0.0}
+    for number, members in enumerate(passes[ranks.rank()]):
+        if config.draws_dropout:
+            _seed_dropout(config.seed, step, number)
+        with denormals_as_zero():
+            result = method.loss(policy, [rows[i] for i in members])
+            (result.loss / weight).backward()
+        for name, value in {"loss": result.loss.item(), **result.sums}.items():
+            totals[name] = totals.get(name, 0.0) + value / weight
+    if sharding.is_sharded(policy):
+        idle = [min(rows, key=method.num_tokens)]
+        for _ in range(max(map(len, passes)) - len(passes[ranks.rank()])):
+            (method.loss(policy, idle).loss * 0).backward()  # others run: keep step, add nothing
+    else:
+        ranks.sum_gradients(policy.parameters())
+    return ranks.total(totals)
+
+
 def _seed_dropout(seed: int, step: int, number: int) -> None:
-    """Dropout masks are a function of seed, step and pass, so a resumed run draws the same."""
-    torch.manual_seed(seed * 1_000_003 + step * 1_009 + number)
+    """Dropout masks are a function of seed, step, pass and rank: a resumed run draws the same."""
+    torch.manual_seed(seed * 1_000_003 + step * 1_009 + number + (ranks.rank() << 40))
 
 
 def _check_finite(
@@ -393,7 +454,7 @@ def _resume(
     method: Method, policy: nn.Module, optimizer: torch.optim.Optimizer, run: Run
 ) -> Progression:
     """Go on from the newest checkpoint that verifies, or start."""
-    found = checkpoint.newest(run.checkpoints, run.origin)
+    found = _newest(run)
     if found is None:
         run.forget_after(-1)
         return Progression()
@@ -409,6 +470,17 @@ def _resume(
     return Progression.from_state(found.state)
 
 
+def _newest(run: Run) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint that verifies: the first rank reads them all, the others believe it."""
+    with ranks.together():
+        found = checkpoint.newest(run.checkpoints, run.origin) if run.writes else None
+    told = ranks.of_first(None if found is None else [found.folder.name, found.state, found.code])
+    if told is None:
+        return None
+    name, state, code = told
+    return checkpoint.Checkpoint(run.checkpoints / name, state, code)
+
+
 def _save(
     method: Method,
     policy: nn.Module,
@@ -417,18 +489,26 @@ def _save(
     writer: CheckpointWriter,
 ) -> None:
     """Copy the state as it is now, and let it be written while training goes on."""
-    for name, parameter in policy.named_parameters():
-        if not parameter.isfinite().all():
-            raise DivergedError(
-                f"Step {progression.step}: its update made {name} overflow; it is not saved and "
-                "the last checkpoint stays. Try a smaller learning rate."
-            )
+    sharding.settle(policy)
+    with ranks.together():
+        for name, parameter in policy.named_parameters():
+            if not sharding.local(parameter).isfinite().all():
+                raise DivergedError(
+                    f"Step {progression.step}: its update made {name} overflow; it is not saved "
+                    "and the last checkpoint stays. Try a smaller learning rate."
+                )
+    state = progression.as_state() | {"method": method.state()}
+    if sharding.is_sharded(policy):
+        writer.write_shards(policy, optimizer, state)
+        return
+    if not ranks.is_first():
+        return
     writer.finish()  # before the copy is made: there are never two
     started = time.perf_counter()
     taken = checkpoint.snapshot(
         policy,
         optimizer,
-        progression.as_state() | {"method": method.state()},
+        state,
         companion=method.companion(),
         tensors=method.tensors(),
     )
@@ -442,7 +522,7 @@ def _evaluate(
     policy.eval()
     started = time.perf_counter()
     with torch.no_grad():
-        metrics = method.evaluate(policy)
+        metrics = ranks.of_first(method.evaluate(policy))  # one answer, for all decide by it
     epoch = progression.step / steps_in_epoch
     seconds = round(time.perf_counter() - started, 3)
     run.log({"step": progression.step, "epoch": epoch, **metrics, "eval/seconds": seconds})
@@ -462,14 +542,23 @@ def _evaluate(
         )
     if metrics["eval/loss"] < progression.best_loss:
         progression.best_loss, progression.best_step = metrics["eval/loss"], progression.step
-        with replace_folder(run.folder / "best") as folder:
-            method.save_model(policy, folder)
+        _write_model(method, policy, run, "best")
+    sharding.settle(policy)
+
+
+def _write_model(method: Method, policy: nn.Module, run: Run, name: str) -> None:
+    """The policy as a Hugging Face folder, in one piece."""
+    model = sharding.whole_copy(policy) if sharding.is_sharded(policy) else policy
+    if run.writes:
+        assert model is not None
+        with replace_folder(run.folder / name) as folder:
+            method.save_model(model, folder)
 
 
 def _with_rates(
     row: dict[str, float], progression: Progression, seconds: float, steps_in_epoch: int
 ) -> dict[str, float]:
-    """A step's metrics with its place in the run, its speed and the memory it took."""
+    """A step's metrics with its place in the run, its speed and the memory of the fullest rank."""
     return {
         "step": progression.step,
         "epoch": progression.step / steps_in_epoch,
@@ -477,7 +566,7 @@ def _with_rates(
         "seconds": round(seconds, 4),
         "tokens_per_second": round(row["num_tokens"] / seconds, 1),
         "rows_per_second": round(row["num_rows"] / seconds, 2),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": max(ranks.gather(peak_memory_bytes())),
     }
 
 

@@ -15,16 +15,20 @@ from torch import Tensor, nn
 
 from dpo.config import MovingReferenceConfig
 from dpo.core.unpaired import kto_reference_point
-from dpo.data.order import split_by_tokens
+from dpo.data.order import split_among, split_by_tokens
+from dpo.errors import InputError
 from dpo.loss_config import LossConfig
 from dpo.models.distributions import OF_BOTH, OF_POLICY, OF_REFERENCE, along_responses
 from dpo.models.scoring import MAX_LOGIT_BYTES, response_logps
+from dpo.train import ranks
 from dpo.train.encoded import KINDS, EncodedJudgement, Kind, num_tokens
 from dpo.train.held_out import HeldOutPair, held_out_pairs, sequence_logps
 from dpo.train.loop import BatchResult, PlainMethod
 from dpo.train.objective import Objective, make_objective, reward_scale
+from dpo.train.sharding import is_sharded, tokens_at_once
 
 ALONG = OF_POLICY | OF_REFERENCE | OF_BOTH
+MISMATCHED = ("policy_mismatched_logps", "reference_mismatched_logps")
 
 
 @dataclass
@@ -76,32 +80,68 @@ class PreferenceMethod(PlainMethod):
         return len(rows)
 
     def loss(self, policy: nn.Module, rows: Sequence[int]) -> BatchResult:
-        tensors = self._tensors(policy, self.train, rows, self.train_reference)
+        shared = self.whole_batch and ranks.size() > 1
+        if shared:
+            tensors = self._shared_tensors(policy, rows)
+        else:
+            tensors = self._tensors(policy, self.train, rows, self.train_reference)
+        tensors = _with_reference_point(tensors)
         with torch.no_grad():
             metrics = self.kind.metrics(tensors, reward_scale(self.objective))
         sums = {name: value.sum().item() for name, value in metrics.items()}
         seed = zlib.crc32(np.asarray(rows, np.int64).tobytes())
-        return BatchResult(self.objective.training_loss(tensors, seed=seed), sums)
+        loss = self.objective.training_loss(tensors, seed=seed)
+        if shared and not ranks.is_first():  # the gradient is the rank's own, the number is all's
+            return BatchResult(loss - loss.detach(), {})
+        return BatchResult(loss, sums)
+
+    def _shared_tensors(self, policy: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of a batch whose rows act on one another, (B,), where each rank has run its
+        share of the rows: the others' values are numbers, without a graph.
+
+        Every rank computes the whole loss; the gradients of all, each through its own rows, add up
+        to that of one process.
+        """
+        costs = [self.num_tokens(row) for row in rows]
+        shares = split_among(costs, parts=ranks.size())
+        own = shares[ranks.rank()]
+        run = [rows[i] for i in own] or [rows[costs.index(min(costs))]]  # all run the model
+        found = self._tensors(policy, self.train, run, self.train_reference)
+        if any(values.dim() != 1 for values in found.values()):
+            raise InputError(
+                "loss: this mixture compares the rows of a batch, which are not together where "
+                "several processes train; start it without torchrun or accelerate."
+            )
+        found = {name: values[: len(own)] for name, values in found.items()}
+        by_rank = ranks.gather({name: values.tolist() for name, values in found.items()})
+        whole = {}
+        for name, values in found.items():
+            whole[name] = values.new_empty(len(rows))
+            for places, of_rank in zip(shares, by_rank, strict=True):
+                whole[name][places] = values.new_tensor(of_rank[name])
+            whole[name][own] = values
+        return whole
 
     def evaluate(self, policy: nn.Module) -> dict[str, float]:
-        """Held-out loss, rewards and accuracy, and what the policy's own samples
-        show.
+        """Held-out loss, rewards and accuracy, and what the policy's own samples show.
+
+        Ranks share the passes, unless the policy is sharded: then each does all, and keeps step.
         """
         costs = [num_tokens(row) for row in self.test]
         passes = split_by_tokens(costs, max_tokens=self.max_tokens)
         if self.objective.whole_batch:
             passes = [list(range(len(self.test)))]
+        shares = 1 if is_sharded(policy) else ranks.size()
+        own = passes[ranks.rank() % shares :: shares]
+        by_rank = ranks.gather([self._measured(policy, rows) for rows in own])
         sums: dict[str, float] = {}
         logps: dict[str, dict[int, float]] = {"policy": {}, "reference": {}}
-        for rows in passes:
-            tensors = self._tensors(policy, self.test, rows, self.test_reference)
-            for model, known in logps.items():
-                if (own := sequence_logps(tensors, model)) is not None:
-                    known |= zip(self.kind.places(self.test, rows), own.tolist(), strict=True)
-            values = {"loss": self.objective(tensors)}
-            values |= self.kind.metrics(tensors, reward_scale(self.objective))
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value.sum().item()
+        for number, rows in enumerate(passes):  # in their order, whoever ran them
+            of_pass, sequences = by_rank[number % shares][number // shares]
+            for name, value in of_pass.items():
+                sums[name] = sums.get(name, 0.0) + value
+            for model, values in sequences.items():
+                logps[model] |= zip(self.kind.places(self.test, rows), values, strict=True)
         found = {f"eval/{name}": value / len(self.test) for name, value in sums.items()}
         if not math.isfinite(found["eval/loss"]):  # NaN cannot be sampled from
             return found
@@ -112,10 +152,26 @@ class PreferenceMethod(PlainMethod):
             found |= self.on_policy(policy)
         return found
 
+    def _measured(
+        self, policy: nn.Module, rows: Sequence[int]
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Sums over some held-out rows of what is logged; and log-probabilities of their sequences
+        under each model, in the order of `Kind.sequences`.
+        """
+        tensors = self._tensors(policy, self.test, rows, self.test_reference)
+        tensors = _with_reference_point(tensors)
+        values = {"loss": self.objective(tensors)}
+        values |= self.kind.metrics(tensors, reward_scale(self.objective))
+        sequences = {name: sequence_logps(tensors, name) for name in ("policy", "reference")}
+        return (
+            {name: value.sum().item() for name, value in values.items()},
+            {name: logps.tolist() for name, logps in sequences.items() if logps is not None},
+        )
+
     def _tensors(
         self, policy: nn.Module, all_rows: list[Any], rows: Sequence[int], reference: Tensor | None
     ) -> dict[str, Tensor]:
-        """Everything that the loss takes of some rows, by name."""
+        """Everything that the loss takes of some rows, by name, but for KTO's reference point."""
         members = [all_rows[row] for row in rows]
         sequences = self.kind.sequences(members)
         found = self._along(policy, sequences)
@@ -132,7 +188,7 @@ class PreferenceMethod(PlainMethod):
         elif self.objective.needs_reference:
             found |= self.kind.tensors(members, "reference", self._reference_logps(sequences))
         if "kl" in self.objective.wants:
-            found["kl"] = self._reference_point(policy, members)
+            found |= self._mismatched(policy, members)
         return found
 
     def _score(self, model: nn.Module, sequences: Sequence[Any]) -> Tensor:
@@ -140,7 +196,7 @@ class PreferenceMethod(PlainMethod):
             model,
             sequences,
             precision=self.precision,
-            max_tokens=self.max_tokens,
+            max_tokens=tokens_at_once(model, self.max_tokens),
             max_logit_bytes=self.max_logit_bytes,
         )
 
@@ -156,13 +212,12 @@ class PreferenceMethod(PlainMethod):
             return {}
         return along_responses(policy, self.reference, sequences, wanted, precision=self.precision)
 
-    def _reference_point(self, policy: nn.Module, rows: Sequence[EncodedJudgement]) -> Tensor:
-        """KTO's z0, from the batch's mismatched responses, without gradient."""
+    def _mismatched(self, policy: nn.Module, rows: Sequence[EncodedJudgement]) -> dict[str, Tensor]:
+        """Log-probabilities of the rows' mismatched responses, without gradient."""
         sequences = [row.mismatched for row in rows]
         with torch.no_grad():
-            return kto_reference_point(
-                self._score(policy, sequences), self._reference_logps(sequences)
-            )
+            scores = self._score(policy, sequences), self._reference_logps(sequences)
+        return dict(zip(MISMATCHED, scores, strict=True))
 
     def after_step(self, policy: nn.Module, step: int) -> None:
         """Move the reference towards the policy, where it moves (`move_reference`)."""
@@ -184,6 +239,14 @@ class PreferenceMethod(PlainMethod):
 
     def save_model(self, policy: nn.Module, folder: Path) -> None:
         self.save(policy, folder)
+
+
+def _with_reference_point(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """KTO's z0 in place of the mismatched responses that it is the mean of, where there are any."""
+    if not tensors.keys() >= set(MISMATCHED):
+        return tensors
+    rest = {name: values for name, values in tensors.items() if name not in MISMATCHED}
+    return rest | {"kl": kto_reference_point(*(tensors[name] for name in MISMATCHED))}
 
 
 @torch.no_grad()

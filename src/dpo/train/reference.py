@@ -20,6 +20,8 @@ from dpo.data.pack import group_by_prompt
 from dpo.data.tokenize import TokenSequence
 from dpo.models.load import weights_digest
 from dpo.models.scoring import response_logps
+from dpo.train import ranks
+from dpo.train.sharding import is_sharded
 
 SCORING_VERSION = 2
 """Counts changes of the scoring code that change its values; a part of every cache key."""
@@ -73,17 +75,19 @@ def reference_logps(
     """
     key = cache_key(reference, sequences, precision=precision, max_tokens=max_tokens)
     file = cache_folder() / "reference" / f"{key}.safetensors"
-    values = _read(file, len(sequences))
+    values = _read(file, len(sequences)) if ranks.is_first() else None
     if values is None:
-        values = torch.full((len(sequences),), math.nan, dtype=torch.float64)
-    elif not values.isnan().any():
+        unknown = math.nan if ranks.is_first() else 0.0
+        values = torch.full((len(sequences),), unknown, dtype=torch.float64)
+    ranks.sum_in_place(values)  # on every rank what the first has
+    if not values.isnan().any():
         return values, True
     kept = time.monotonic()
 
     def keep_at_intervals(done: int) -> None:
         nonlocal kept
         progress(done)
-        if time.monotonic() - kept >= KEEP_SECONDS:
+        if ranks.is_first() and time.monotonic() - kept >= KEEP_SECONDS:
             _write(file, values)
             kept = time.monotonic()
 
@@ -97,7 +101,8 @@ def reference_logps(
             values=values,
         )
     finally:
-        _write(file, values)
+        if ranks.is_first():
+            _write(file, values)
     return values, False
 
 
@@ -112,6 +117,8 @@ def score_all(
 ) -> Tensor:
     """Log-probabilities of many responses without gradients, (S,), float64, on the CPU.
 
+    Ranks share the work, unless the model is sharded: then each does all of it, and keeps step.
+
     Args:
         values: filled in place where given; what is not NaN is known already.
     """
@@ -119,14 +126,22 @@ def score_all(
     if values is None:
         values = torch.full((len(sequences),), math.nan, dtype=torch.float64)
     model.eval()
+    shares = 1 if is_sharded(model) else ranks.size()
+    own = ranks.rank() * CHUNK if shares > 1 else 0
     with torch.no_grad():
-        for start in range(0, len(order), CHUNK):
-            chosen = order[start : start + CHUNK]
+        for start in range(0, len(order), CHUNK * shares):
+            chunks = order[start : start + CHUNK * shares]
+            chosen = chunks[own : own + CHUNK]
             if values[chosen].isnan().any():  # a chunk is scored whole: its bits depend on it
                 members = [sequences[i] for i in chosen]
                 logps = response_logps(model, members, precision=precision, max_tokens=max_tokens)
                 values[chosen] = logps.cpu()
-            progress(len(chosen))
+            if shares > 1:
+                found = torch.zeros(len(chunks), dtype=torch.float64)
+                found[own : own + CHUNK] = values[chosen]
+                ranks.sum_in_place(found)
+                values[chunks] = found
+            progress(len(chunks))
     return values
 
 

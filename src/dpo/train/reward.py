@@ -203,9 +203,11 @@ def train_reward(config: RewardConfig, *, trust_remote_code: bool = False) -> Pa
                 trained, policy.tokenizer, encoder.template, folder, card=card
             ),
         )
-        save_train_prompts(run.folder, prompts_seen(config, data))
+        if run.writes:
+            save_train_prompts(run.folder, prompts_seen(config, data))
         fit(method, model, config, run)
-        write_scored(method, model, encoder, run)
+        if run.writes:
+            write_scored(method, model, encoder, run)
         run.update_manifest(status="finished")
     return run.folder
 

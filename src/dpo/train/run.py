@@ -35,6 +35,7 @@ from dpo.atomic import (
     write_text,
 )
 from dpo.errors import InputError
+from dpo.train import ranks
 from dpo.train.checkpoint import Origin
 
 LIBRARIES = (
@@ -56,10 +57,16 @@ class Run:
     """An open run directory. Metrics go to `metrics.jsonl` and to TensorBoard."""
 
     folder: Path
-    lock: TextIOWrapper
+    lock: TextIOWrapper | None
+    """None on a rank that is not the first: it reads, and drops what it is told to write."""
     origin: Origin
     """What its checkpoints are made of."""
     _tensorboard: Any = field(default=None)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes here."""
+        return self.lock is not None
 
     @property
     def checkpoints(self) -> Path:
@@ -76,6 +83,8 @@ class Run:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one line of metrics, whole or not at all; numbers go to TensorBoard as well."""
+        if not self.writes:
+            return
         line = json.dumps(jsonable(dict(row))) + "\n"
         with storage_errors(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as f:
             f.write(line)
@@ -98,19 +107,23 @@ class Run:
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps after `step`: they are about to be trained again."""
+        if not self.writes:
+            return
         kept = [row for row in self.metrics() if int(row["step"]) <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_text(self.metrics_file, text)
 
     def update_manifest(self, **fields: Any) -> None:
         """Set fields of `manifest.json`."""
-        write_json(self.folder / "manifest.json", read_manifest(self.folder) | fields)
+        if self.writes:
+            write_json(self.folder / "manifest.json", read_manifest(self.folder) | fields)
 
     def close(self) -> None:
         """Flush what is open and give the lock back."""
         if self._tensorboard is not None:
             self._tensorboard.close()
-        self.lock.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -133,7 +146,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def open_run(folder: Path, identity: Mapping[str, Any]) -> Run:
-    """Create a run directory, or go on in one that was made by the same configuration.
+    """Create a run directory, or go on in one that was made by the same configuration. Of several
+    ranks the first does, and the others have it open to read.
 
     Args:
         folder: the run directory.
@@ -145,6 +159,8 @@ def open_run(folder: Path, identity: Mapping[str, Any]) -> Run:
             use by another process, or holds something that is no run.
         StorageError: it cannot be made.
     """
+    if not ranks.is_first():
+        return Run(folder, None, _origin(identity))
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)
@@ -261,6 +277,7 @@ def arithmetic() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
+        "num_ranks": ranks.size(),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),

@@ -37,6 +37,7 @@ from dpo.models.load import (
     weights_digest,
 )
 from dpo.models.plan import in_bfloat16
+from dpo.train import ranks
 from dpo.train.prepare import (
     SplitData,
     choose_template,
@@ -161,7 +162,7 @@ def opened_run(
     """The run directory, locked, with everything that decides its result written down."""
     identity = {
         "command": command,
-        **config.model_dump(mode="json", exclude={"out"}),
+        **config.model_dump(mode="json", exclude={"out", "distributed"}),
         "resolved": {
             "template": {"name": encoder.template.name, "text": encoder.template.text},
             "max_length": encoder.max_length,
@@ -171,7 +172,11 @@ def opened_run(
             **digests,
         },
     }
-    run = open_run(Path(config.out), identity)
+    ranks.check_same("The run (configuration, data, tokenizer or weights)", identity)
+    with ranks.together():
+        run = open_run(Path(config.out), identity)
+    if not run.folder.is_dir():
+        raise InputError(f"out: {run.folder} must be on a disk that all hosts share.")
     if run.finished:
         log.info("%s is finished; nothing to do.", run.folder)
     try:
@@ -188,7 +193,7 @@ def opened_run(
 def _leave_audit(run: Run, data: SplitData[Any]) -> None:
     """Count what the rows hold, once, for whoever looks at the run."""
     file = run.folder / DATA_AUDIT
-    if not run.finished and not file.exists():
+    if run.writes and not run.finished and not file.exists():
         counts = asdict(audit(data.train, test_rows=data.test))
         atomic.write_json(file, {"num_test_rows": len(data.test), **counts})
 
@@ -197,14 +202,15 @@ def _withdraw(run: Run) -> None:
     """Where a mistake of the user is found before the first step, the folder is free for the mended
     command.
     """
-    if not run.metrics_file.exists() and not run.checkpoints.exists():
+    if run.writes and not run.metrics_file.exists() and not run.checkpoints.exists():
         for name in ("config.json", "manifest.json", TRAIN_PROMPTS, DATA_AUDIT):
             (run.folder / name).unlink(missing_ok=True)
 
 
 def run_card(config: RunConfig, policy: Policy, encoder: Encoder, method: str, **more: str) -> str:
     """The README of the run's model folders; `more` as in `model_card`."""
-    settings = json.dumps(config.model_dump(mode="json", exclude={"out"}), indent=2)
+    asked = config.model_dump(mode="json", exclude={"out", "distributed"})
+    settings = json.dumps(asked, indent=2)
     data = config.data.path if isinstance(config.data.path, str) else ", ".join(config.data.path)
     return model_card(
         title=Path(config.out).name,
@@ -299,5 +305,7 @@ def write_samples(
             **given,
         }
         lines.append(json.dumps(line, ensure_ascii=False))
+    if not run.writes:
+        return
     (run.folder / "samples").mkdir(exist_ok=True)
     atomic.write_text(run.folder / "samples" / "final.jsonl", "\n".join(lines) + "\n")

@@ -16,6 +16,7 @@ from dpo.models.scoring import MAX_LOGIT_BYTES, response_logps
 from dpo.train.loop import BatchResult, PlainMethod
 from dpo.train.prepare import report_cuts
 from dpo.train.reference import score_all
+from dpo.train.sharding import tokens_at_once
 
 
 def encode_demonstrations(
@@ -58,7 +59,7 @@ class SupervisedMethod(PlainMethod):
             policy,
             [self.train[row] for row in rows],
             precision=self.precision,
-            max_tokens=self.max_tokens,
+            max_tokens=tokens_at_once(policy, self.max_tokens),
             max_logit_bytes=self.max_logit_bytes,
         )
         return BatchResult(-logps.sum(), {})

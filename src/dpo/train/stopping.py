@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from dpo.errors import Stopped
+from dpo.train import ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GO_ON = "The same command goes on from here."
@@ -53,12 +54,16 @@ def stop_here() -> Iterator[None]:
 
 @contextmanager
 def _on_first_signal(react: Callable[[int], None]) -> Iterator[None]:
-    """Inside, the first of the signals is reacted to, and the next one ends the process."""
+    """Inside, the first of the signals is reacted to, and the next one ends the process.
+
+    Of several ranks none is ended by the next one: it may be the first, passed on by the launcher,
+    which ends by SIGKILL what does not end by itself.
+    """
     previous: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_DFL if ranks.size() == 1 else signal.SIG_IGN)
         react(number)
 
     try:
