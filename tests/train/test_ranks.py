@@ -338,18 +338,42 @@ def test_recomputation_and_bf16_work_in_parts(tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)
 
 
-def test_fsdp_says_what_it_cannot_do(tmp_path):
+@pytest.mark.parametrize(
+    "changes", [{"adapter": {"kind": "dora", "rank": 2}}, {"precision": "pure_bf16"}], ids=str
+)
+def test_adapters_and_bfloat16_weights_train_as_in_one_process(changes, tmp_path):
+    changes = changes | {"max_steps": 4}
+    train(config_of("dpo", "ddp", tmp_path / "one", changes))
+    config = config_of("dpo", "ddp", tmp_path / "two", changes)
+    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    one, two = numbers_of(tmp_path / "one"), numbers_of(tmp_path / "two")
+    close = {"rel": 1e-2, "abs": 1e-3} if "precision" in changes else {"rel": 1e-5, "abs": 1e-5}
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, **close)
+
+
+def test_what_several_processes_cannot_do_is_said(tmp_path):
     with pytest.raises(InputError, match="start it with torchrun"):
         train(config_of("sft", "fsdp", tmp_path / "run"))
+    sft_run()
+    whole = "it is for distributed.kind=ddp, not fsdp"
+    cases = [
+        ("fsdp", {"moving_reference": {"every": 2}}, f"moving_reference: {whole}"),
+        ("fsdp", {"adapter": {"kind": "lora"}}, f"adapter: {whole}"),
+        ("fsdp", {"precision": "pure_bf16"}, f"precision=pure_bf16: {whole}"),
+        (
+            "ddp",
+            {"optimizer": {"in_backward": True, "max_grad_norm": None}, "batch.max_tokens": 4096},
+            "optimizer.in_backward: it is for one process",
+        ),
+    ]
 
-    def moving(rank):
-        changes = {"moving_reference": {"every": 2}}
-        train(config_of("dpo", "fsdp", tmp_path / "run", changes))
+    def all_of_them(rank):
+        for kind, changes, sentence in cases:
+            with pytest.raises(InputError, match=sentence):
+                train(config_of("dpo", kind, tmp_path / kind, changes))
 
-    assert on_ranks(2, moving, said=tmp_path) == [2, 2]
-    assert (
-        "moving_reference: it is for distributed.kind=ddp" in (tmp_path / "rank-0.txt").read_text()
-    )
+    assert on_ranks(2, all_of_them) == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["llama", "neox"])
