@@ -90,20 +90,20 @@ def make_pairs(dtype: torch.dtype = torch.float64) -> Pairs:
     return Pairs(*(tokens(lengths[i]) for i in (0, 1, 0, 1)), *lengths)
 
 
-class StandInModel:
+class StandInModel(torch.nn.Module):
     """Returns what the fused head of a model in TRL would, for given token log-probabilities."""
 
-    training = True
     is_gradient_checkpointing = False
 
     def __init__(self, log_probs: Tensor, log_sum_sq_probs: Tensor | None = None) -> None:
+        super().__init__()
         unscored = torch.zeros(len(log_probs), PROMPT - 1, dtype=log_probs.dtype)
         self.log_probs = torch.cat([unscored, log_probs], dim=1)
         self.log_sum_sq_probs = log_sum_sq_probs
         if log_sum_sq_probs is not None:
             self.log_sum_sq_probs = torch.cat([unscored, log_sum_sq_probs], dim=1)
 
-    def __call__(self, **_: Any) -> SimpleNamespace:
+    def forward(self, **_: Any) -> SimpleNamespace:
         nothing = torch.zeros_like(self.log_probs)
         return SimpleNamespace(
             log_probs=self.log_probs,

@@ -59,7 +59,7 @@ class ExactStudyConfig(Section):
     """Which methods at which strengths, on how much data, for how long."""
 
     out: str = Field(description="The study's folder.")
-    seeds: list[Seed] = Field([1, 2, 3], min_length=1)
+    seeds: list[Seed] = Field([6, 7, 8], min_length=1)
     processes: Count = Field(2, description="Half seeds at the same time, each with one thread.")
     demonstrations: Count = Field(4_000, description="Responses that the reference imitates.")
     reference: FitSettings = FitSettings(steps=300, batch_size=128, learning_rate=1e-3)
