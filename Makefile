@@ -13,7 +13,7 @@ help:            ## This list
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[adapters,offline,report,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[adapters,offline,ray,report,dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)   ## Base, SFT and DPO on the embedded data, evaluated: table and figures in runs/demo

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +47,13 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that comes with a model from the hub."),
 ]
+
+
+class Engine(str, Enum):
+    """Where a study trains."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 def _version(asked: bool) -> None:
@@ -355,12 +363,19 @@ def diagnose(
     "Example: [cyan]dpo experiment run studies/instruction.yaml data.path=prefs.json[/cyan]"
     f"{CONFIGURATION}",
 )
-def experiment_run(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+def experiment_run(
+    settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="ray: train on the cluster of RAY_ADDRESS, or on all cores through Ray."),
+    ] = Engine.LOCAL,
+) -> None:
     from dpo.experiment.study import StudyConfig, run_study
 
     config = _read(StudyConfig, settings)
     _quiet_transformers()
-    run_study(config, trust_remote_code=trust_remote_code)
+    run_study(config, trust_remote_code=trust_remote_code, use_ray=engine is Engine.RAY)
     _leave_page(Path(config.out), config)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from dpo.experiment.embedded import (
     sample_answers,
     train_demonstrator,
 )
+from dpo.experiment.engines import in_processes
 from dpo.experiment.frontier_config import (
     DIVERGED,
     SAMPLES,
@@ -46,7 +46,6 @@ from dpo.experiment.frontier_config import (
 from dpo.experiment.frontier_results import collect, measure_shift
 from dpo.models.load import weights_digest
 from dpo.online_config import OnlineConfig, PPOConfig
-from dpo.progress import counting
 from dpo.report.frontier_page import write_frontier_study
 from dpo.report.frontier_study import FrontierStudy
 from dpo.train.jobs import train_preference
@@ -101,39 +100,6 @@ def run_frontier(config: FrontierConfig) -> FrontierStudy:
     finally:
         run.close()
     return study
-
-
-def in_processes(
-    processes: int,
-    function: Callable[..., None],
-    tasks: Sequence[tuple[Any, ...]],
-    what: str,
-) -> None:
-    """Call a function for each tuple of arguments, each in a process of its own, so many at a time.
-
-    The processes are forked from one that has the libraries and nothing else: they start at once,
-    and their memory is their own.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
-    workers = min(processes, len(tasks))
-    if not tasks:
-        return
-    with (
-        context.Pool(workers, _begin_worker, (log.level,), maxtasksperchild=1) as pool,
-        counting(what, len(tasks)) as advance,
-    ):
-        calls = [pool.apply_async(function, task) for task in tasks]
-        for number, call in enumerate(calls, 1):
-            call.get()
-            log.info("%s: %d of %d.", what, number, len(tasks))
-            advance(1)
-
-
-def _begin_worker(level: int) -> None:
-    torch.set_num_threads(1)
-    log.addHandler(logging.StreamHandler())
-    log.setLevel(max(level, logging.WARNING))
 
 
 # -- a seed's data -------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ from dpo.evaluate.frontier import (
     within_prompt_correlation,
     world_of_samples,
 )
-from dpo.experiment.frontier import OTHER_DRAWS, finish, in_processes
+from dpo.experiment.engines import in_processes
+from dpo.experiment.frontier import OTHER_DRAWS, finish
 from dpo.experiment.frontier_config import SAMPLES, FrontierRun, SeedFolder
 from dpo.experiment.frontier_results import MODELS, own_cost, run_result
 from dpo.experiment.sentiment_config import (

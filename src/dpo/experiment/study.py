@@ -28,7 +28,7 @@ from dpo.data.rows import PreferenceRow
 from dpo.evaluate.best_of_n import best_of_each
 from dpo.evaluate.jobs import Evaluation, generate_with, judge, open_evaluation
 from dpo.evaluate.records import Generation
-from dpo.experiment.frontier import in_processes
+from dpo.experiment.engines import in_processes, on_ray, open_ray
 from dpo.experiment.frontier_results import MODELS, own_cost, with_reward_model
 from dpo.experiment.study_config import Cell, Plan, best_of_label
 from dpo.experiment.study_config import StudyConfig as StudyConfig  # "as": for others to import
@@ -59,15 +59,20 @@ JOBS: dict[type[RunConfig], Callable[..., Path]] = {
 }
 
 
-def run_study(config: StudyConfig, *, trust_remote_code: bool = False) -> Study:
+def run_study(
+    config: StudyConfig, *, trust_remote_code: bool = False, use_ray: bool = False
+) -> Study:
     """Run what is not finished, evaluate all together, write table, figures, samples and
     diagnostics.
+
+    Args:
+        use_ray: train on a Ray cluster; all else is done here.
 
     Raises:
         InputError: a configuration is wrong (before anything runs), or data or model cannot be had.
     """
     todo = plan(config)
-    train_all(config, todo, trust_remote_code)
+    train_all(config, todo, trust_remote_code, use_ray=use_ray)
     evaluation = evaluate_together(todo, trust_remote_code=trust_remote_code)
     study = collect(config, todo, evaluation)
     write_json(
@@ -91,12 +96,19 @@ def run_study(config: StudyConfig, *, trust_remote_code: bool = False) -> Study:
 # -- training ------------------------------------------------------------------------------------
 
 
-def train_all(config: StudyConfig, todo: Plan, trust_remote_code: bool) -> None:
+def train_all(
+    config: StudyConfig, todo: Plan, trust_remote_code: bool, *, use_ray: bool = False
+) -> None:
     """Every run of the study, what another one starts from before it."""
+    stages = [[(cell.config, trust_remote_code) for cell in stage] for stage in todo.stages]
+    if use_ray:
+        with open_ray(config.processes) as ray, stop_here():
+            for tasks in stages:
+                on_ray(ray, train, tasks, "Training")
+        return
     if config.processes is not None:
         with stop_here():
-            for stage in todo.stages:
-                tasks = [(cell.config, trust_remote_code) for cell in stage]
+            for tasks in stages:
                 in_processes(config.processes, train, tasks, "Training")
         return
     cells = [cell for stage in todo.stages for cell in stage]
