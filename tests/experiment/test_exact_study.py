@@ -132,7 +132,7 @@ def test_a_wrong_setting_is_refused_before_anything_runs(tmp_path, changes, sent
 def test_the_quick_form_is_one_seed_with_less_of_everything():
     config = ExactStudyConfig(out="runs/exact")
     quick = quick_form(config)
-    assert (quick.out, quick.seeds, quick.betas) == ("runs/exact-quick", [1], [config.beta])
+    assert (quick.out, quick.seeds, quick.betas) == ("runs/exact-quick", [6], [config.beta])
     assert quick.offline.steps < config.offline.steps
     assert quick.ppo.steps < config.ppo.steps
     assert ExactStudyConfig.model_validate(quick.model_dump()) == quick
