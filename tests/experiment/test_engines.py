@@ -22,17 +22,10 @@ from dpo.errors import InputError
 from dpo.experiment import engines
 from dpo.experiment.study import train_all
 from dpo.experiment.study_config import StudyConfig, plan
+from experiment.tiny_study import TINY as BASE
 
 CONFIG = {
-    "model": {"fresh": {"width": 16, "layers": 1, "heads": 2, "positions": 96, "vocab_size": 300}},
-    "data": {
-        "path": "synthetic",
-        "template": "question",
-        "test_fraction": 0.3,
-        "max_length": 96,
-        "synthetic": {"num_facts": 8, "num_rows": 60},
-    },
-    "seeds": [0, 1],
+    **BASE,
     "processes": 2,
     "sft": {"max_steps": 2, "evaluation": {"num_samples": 0}},
     "dpo": {"max_steps": 60, "save_every": 2, "evaluation": {"num_samples": 0, "kl_prompts": 0}},

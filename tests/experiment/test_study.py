@@ -16,17 +16,10 @@ from dpo.evaluate.paired import power_lines
 from dpo.experiment.study import evaluate_together, run_study
 from dpo.experiment.study_config import StudyConfig, combinations, plan
 from dpo.report.page.write import write_page
+from experiment.tiny_study import TINY as BASE
 
 TINY = {
-    "model": {"fresh": {"width": 16, "layers": 1, "heads": 2, "positions": 96, "vocab_size": 300}},
-    "data": {
-        "path": "synthetic",
-        "template": "question",
-        "test_fraction": 0.3,
-        "max_length": 96,
-        "synthetic": {"num_facts": 8, "num_rows": 60},
-    },
-    "seeds": [0, 1],
+    **BASE,
     "sft": {"max_steps": 3, "evaluation": {"num_samples": 1, "max_new_tokens": 8}},
     "dpo": {
         "max_steps": 2,

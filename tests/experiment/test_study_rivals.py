@@ -22,6 +22,7 @@ from dpo.experiment.study_config import StudyConfig, plan
 from dpo.report.study import tables
 from dpo.train.reward_source import RewardFunction, open_reward
 from dpo.train.run import read_manifest, read_metrics
+from experiment.tiny_study import TINY as BASE
 
 N = 3
 RIVALS = {
@@ -38,15 +39,7 @@ RIVALS = {
     "best_of_n": {"n": N},
 }
 TINY = {
-    "model": {"fresh": {"width": 16, "layers": 1, "heads": 2, "positions": 96, "vocab_size": 300}},
-    "data": {
-        "path": "synthetic",
-        "template": "question",
-        "test_fraction": 0.3,
-        "max_length": 96,
-        "synthetic": {"num_facts": 8, "num_rows": 60},
-    },
-    "seeds": [0, 1],
+    **BASE,
     "sft": {"max_steps": 3, "evaluation": {"num_samples": 0}},
     "dpo": {
         "max_steps": 2,

@@ -39,14 +39,23 @@ def claims_table(study: ExactStudy) -> list[Cells]:
 
 
 def _simpler(study: ExactStudy, other: str) -> str:
-    """Counts, which have no interval."""
     cost = {one.method: one for one in study.costs}
     own, theirs = cost[DPO], cost[other]
-    fewer = len(own.models) < len(theirs.models) and own.settings < theirs.settings
-    return (
-        f"{len(own.models)} against {len(theirs.models)}; {own.settings} against "
-        f"{theirs.settings}: {'**holds**' if fewer else '**does not hold**'}"
+    return fewer(
+        (len(own.models), own.settings),
+        (len(theirs.models), theirs.settings),
     )
+
+
+def fewer(own: tuple[int, int], theirs: tuple[int, int]) -> str:
+    """Models and settings, and whether DPO has fewer of both: counts, which have no interval.
+
+    >>> fewer((2, 4), (4, 12))
+    '2 against 4; 4 against 12: **holds**'
+    """
+    holds = all(a < b for a, b in zip(own, theirs, strict=True))
+    counts = "; ".join(f"{a} against {b}" for a, b in zip(own, theirs, strict=True))
+    return f"{counts}: {'**holds**' if holds else '**does not hold**'}"
 
 
 def verdict(values: Sequence[float], *, ratio: bool = False) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo.atomic import write_text
@@ -24,7 +23,7 @@ from dpo.report.exact_tables import (
     rate_table,
     reward_model_table,
 )
-from dpo.report.tables import Cells, Tables, markdown, save_tables, spread
+from dpo.report.tables import Cells, Tables, markdown, on_screen, save_tables, spread
 
 
 def write_exact_study(study: ExactStudy) -> None:
@@ -39,14 +38,8 @@ def write_exact_study(study: ExactStudy) -> None:
     found = tables(study)
     save_tables(study.folder, found)
     write_text(study.folder / "README.md", page(study))
-    head, *rows = found["frontier"]
-    table = Table(title=f"Frontiers, {len(study.seeds)} seeds")
-    for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))
     console = Console()
-    console.print(table)
+    console.print(on_screen(f"Frontiers, {len(study.seeds)} seeds", found["frontier"]))
     console.print(Text(f"Page: {study.folder / 'README.md'}"))
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from dpo.core.stats import mean_interval
-from dpo.report.exact_claims import verdict
+from dpo.report.exact_claims import fewer, verdict
 from dpo.report.exact_study import DPO, FIXED_KLS, MAX_KL, PPO_RM, PPO_TRUE, mean
 from dpo.report.frontier_study import (
     BySeed,
@@ -65,12 +65,11 @@ def claims_table(study: FrontierStudy) -> list[Cells]:
 
 
 def _simpler(study: FrontierStudy, rival: str) -> str:
-    own, theirs = (len(study.models[m]) for m in (DPO, rival))
-    own_keys, their_keys = (
-        mean([run.cost.keys for run in study.runs(m) if run.cost is not None]) for m in (DPO, rival)
-    )
-    said = "**holds**" if own < theirs and own_keys < their_keys else "**does not hold**"
-    return f"{own} against {theirs}; {own_keys:.0f} against {their_keys:.0f}: {said}"
+    def counts(method: str) -> tuple[int, int]:
+        keys = [run.cost.keys for run in study.runs(method) if run.cost is not None]
+        return len(study.models[method]), round(mean(keys))
+
+    return fewer(counts(DPO), counts(rival))
 
 
 def _faster(study: FrontierStudy, rival: str) -> list[float]:

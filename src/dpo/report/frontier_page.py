@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo.atomic import write_text
@@ -49,7 +48,7 @@ from dpo.report.frontier_study import (
     rewards_at,
     seconds,
 )
-from dpo.report.tables import Cells, Tables, markdown, save_tables, spread
+from dpo.report.tables import Cells, Tables, markdown, on_screen, save_tables, spread
 
 ON_SCREEN = 5
 """Columns that fit into a terminal."""
@@ -66,14 +65,9 @@ def write_frontier_study(study: FrontierStudy) -> None:
     found = tables(study)
     save_tables(study.folder, found)
     write_text(study.folder / "README.md", page(study))
-    head, *rows = (line[:ON_SCREEN] for line in found["frontier"])
-    table = Table(title=f"Frontiers, {_seeds(study)}")
-    for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))
     console = Console()
-    console.print(table)
+    narrow = [line[:ON_SCREEN] for line in found["frontier"]]
+    console.print(on_screen(f"Frontiers, {_seeds(study)}", narrow))
     console.print(Text(f"Page: {study.folder / 'README.md'}"))
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo.atomic import write_text
@@ -37,7 +36,7 @@ from dpo.report.frontier_study import (
     rewards_at,
 )
 from dpo.report.sentiment_figures import NORMAL_95, plane_figure
-from dpo.report.tables import Cells, Tables, markdown, save_tables, spread
+from dpo.report.tables import Cells, Tables, markdown, on_screen, save_tables, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +80,8 @@ def write_sentiment_study(study: FrontierStudy, facts: SentimentFacts) -> None:
     found = tables(study, facts)
     save_tables(study.folder, found)
     write_text(study.folder / "README.md", page(study, facts))
-    head, *rows = found["frontier"]
-    table = Table(title="Reward at a KL from the SFT model")
-    for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))
     console = Console()
-    console.print(table)
+    console.print(on_screen("Reward at a KL from the SFT model", found["frontier"]))
     console.print(Text(f"Page: {study.folder / 'README.md'}"))
 
 

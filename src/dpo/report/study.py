@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo.atomic import write_text
@@ -24,7 +23,7 @@ from dpo.report.frontier_study import Cost
 from dpo.report.runs import evaluation_figures, tests_table
 from dpo.report.study_claims import claims_table
 from dpo.report.study_results import SFT, CellResult, Study
-from dpo.report.tables import Cells, Tables, markdown, save_tables, spread
+from dpo.report.tables import Cells, Tables, markdown, on_screen, save_tables, spread
 
 NUM_SAMPLES = 8
 
@@ -47,8 +46,8 @@ def write_study(study: Study) -> None:
     write_text(study.folder / "samples.jsonl", "".join(texts))
     write_text(study.folder / "README.md", page(study, samples))
     console = Console()
-    console.print(_table("Held-out metrics at the end of training", found["methods"]))
-    console.print(_table("Cost of a run", found["cost"]))
+    console.print(on_screen("Held-out metrics at the end of training", found["methods"]))
+    console.print(on_screen("Cost of a run", found["cost"]))
     console.print(render_win_rates(study.evaluation.table))
     console.print(tests_table(study.evaluation.tests))
     for line in power_lines(study.evaluation.tests):
@@ -394,13 +393,3 @@ def _sample(sample: dict[str, str]) -> str:
         indented = "\n".join(f"    {visible(line)}" for line in text.splitlines() or [""])
         lines += [f"**{name}**", "", indented, ""]
     return "\n".join(lines)
-
-
-def _table(title: str, lines: Sequence[Cells]) -> Table:
-    head, *rows = lines
-    table = Table(title=title)
-    for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from dpo.evaluate.paired import LEVEL, PairedTest
-from dpo.report.exact_claims import verdict
+from dpo.report.exact_claims import fewer, verdict
 from dpo.report.exact_study import DPO, PPO_RM, mean
 from dpo.report.study_results import CellResult, Study
 from dpo.report.tables import Cells
@@ -22,7 +22,11 @@ def claims_table(study: Study) -> list[Cells]:
     if not own or not theirs:
         return lines
     lines += [
-        ["simpler", "models in memory; settings", _simpler(own[0], theirs[0])],
+        [
+            "simpler",
+            "models in memory; settings",
+            fewer(*((len(run.models), run.cost.keys) for run in (own[0], theirs[0]))),
+        ],
         [
             "faster",
             "seconds of all training, PPO's ratio to DPO's",
@@ -36,15 +40,6 @@ def claims_table(study: Study) -> list[Cells]:
                 measured_as = f"win rate at temperature {test.temperature:g}, {label}'s less PPO's"
                 lines.append(["a better policy", measured_as, _wins(test)])
     return lines
-
-
-def _simpler(own: CellResult, theirs: CellResult) -> str:
-    """Counts, which have no interval."""
-    fewer = len(own.models) < len(theirs.models) and own.cost.keys < theirs.cost.keys
-    return (
-        f"{len(own.models)} against {len(theirs.models)}; {own.cost.keys} against "
-        f"{theirs.cost.keys}: {'**holds**' if fewer else '**does not hold**'}"
-    )
 
 
 def _log_ratios(own: Sequence[CellResult], theirs: Sequence[CellResult]) -> list[float]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from rich.table import Table
+from rich.text import Text
+
 from dpo.atomic import write_json
 from dpo.core.stats import mean_interval
 
@@ -40,6 +43,17 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     head, *rows = table
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def on_screen(title: str, table: Sequence[Sequence[str]]) -> Table:
+    """The same for a terminal."""
+    head, *rows = table
+    shown = Table(title=title)
+    for number, name in enumerate(head):
+        shown.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    return shown
 
 
 def save_tables(folder: Path, tables: Mapping[str, Sequence[Sequence[str]]]) -> None:
