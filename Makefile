@@ -33,7 +33,7 @@ report: $(STAMP) ## Check every statement of the theory, then build report/repor
 	$(BIN)/dpo theory --json report/results/theory.json
 	$(BIN)/python report/build.py
 
-report-experiments: $(STAMP) ## Run and record the report's studies, an hour on 2 cores: DATA=folder of real rows [QUICK=--quick]
+report-experiments: $(STAMP) ## Run and record the report's studies (long): DATA=folder of real rows [QUICK=--quick]
 	$(BIN)/python studies/record.py --report $(if $(DATA),--data $(DATA)) $(QUICK)
 
 bench: $(STAMP)  ## Our steps and sampler beside TRL's and transformers': DATA=folder for real text

@@ -54,7 +54,7 @@ QUICK_RUN = (
 )
 
 STUDIES = {
-    "exact": Recorded(("exact", "studies/exact.yaml", FIVE_SEEDS), ("quick=true",)),
+    "exact": Recorded(("exact", "studies/exact.yaml", FIVE_SEEDS), ("--quick",)),
     "frontier": Recorded(("frontier", "studies/frontier.yaml"), ("quick=true",)),
     "losses": Recorded(
         ("losses", "studies/losses.yaml"),

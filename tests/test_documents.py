@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -91,6 +92,18 @@ def test_every_study_has_a_schema_that_takes_it_and_runs_to_make():
         config = read_config(schema, files[name])
         assert config.out == f"runs/{name}"
         assert runs_of is None or runs_of(config)
+
+
+def test_studies_are_recorded_with_settings_that_their_schemas_take():
+    recorded = runpy.run_path(str(ROOT / "studies" / "record.py"))["STUDIES"]
+    for name, study in recorded.items():
+        _, file, *words = study.words
+        assert file == f"studies/{name}.yaml"
+        options = {word for word in (*words, *study.quick) if word.startswith("--")}
+        assert options == ({"--quick"} if name == "exact" else set())  # of its command alone
+        for given in (words, [*words, *study.quick]):
+            settings = [word for word in given if word not in options]
+            assert read_config(STUDIES[name][0], ROOT / file, settings)
 
 
 @pytest.mark.parametrize("name", ["instruction", "instruction-small"])
