@@ -136,17 +136,17 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning rate over the run."""
+    """AdamW, or the DPO paper's RMSprop, and the learning rate over the run."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
-        "adamw", description="All but adamw need a GPU and bitsandbytes."
+    name: Literal["adamw", "rmsprop", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="All but adamw and rmsprop need a GPU and bitsandbytes."
     )
     learning_rate: Positive = Field(5e-6, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled; matrices only.")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta1: float = Field(0.9, ge=0, lt=1, description="Of the mean gradient (AdamW).")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Of the mean square of the gradient.")
     epsilon: Positive = 1e-8
     max_grad_norm: Positive | None = Field(
         1.0, description="Gradients are clipped to this norm; null: they are not."
@@ -165,6 +165,14 @@ class OptimizerConfig(Section):
             )
         if self.in_backward and self.name != "adamw":
             raise ValueError(f"in_backward: goes with name=adamw, not with {self.name}")
+        return self
+
+    @model_validator(mode="after")
+    def _rmsprop_has_no_momentum(self) -> OptimizerConfig:
+        if self.name == "rmsprop" and "beta1" in self.model_fields_set:
+            raise ValueError("beta1: has no effect, rmsprop averages squares only (beta2)")
+        if self.name == "rmsprop" and self.weight_decay > 0:
+            raise ValueError("weight_decay: is for AdamW; rmsprop would scale it with the gradient")
         return self
 
 
