@@ -575,6 +575,9 @@ class EvaluateConfig(Section):
     )
     samples_per_prompt: Count = 1
     max_new_tokens: Count = 256
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers", description="What generates; vllm needs its extra (docs/evaluation.md)."
+    )
     batch_size: Count = Field(32, description="Prompts generated at once.")
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Seed = 0

@@ -268,7 +268,19 @@ def check_fit(model: nn.Module, tokenizer: Any, *, name: str) -> None:
     Raises:
         InputError: the tokenizer does not belong to the model.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    check_vocabulary(
+        int(model.get_input_embeddings().weight.shape[0]),  # type: ignore[operator]
+        tokenizer,
+        name=name,
+    )
+
+
+def check_vocabulary(rows: int, tokenizer: Any, *, name: str) -> None:
+    """The same of a model that has so many embeddings.
+
+    Raises:
+        InputError: the tokenizer does not belong to the model.
+    """
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise InputError(
@@ -277,8 +289,12 @@ def check_fit(model: nn.Module, tokenizer: Any, *, name: str) -> None:
         )
 
 
-def max_positions(model: nn.Module, *, default: int = 1_000_000) -> int:
-    """The longest sequence that the model's position embeddings allow, in tokens."""
+def max_positions(model: Any, *, default: int = 1_000_000) -> int:
+    """The longest sequence that the model's position embeddings allow, in tokens.
+
+    Args:
+        model: whatever has the configuration of a transformers model.
+    """
     config = model.config
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
