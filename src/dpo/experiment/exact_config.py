@@ -14,9 +14,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class FitSettings(Section):
     """How long and how fast a loss is followed; the rate falls linearly to 0."""
 
-    steps: Count
-    batch_size: Count
-    learning_rate: Positive
+    steps: Count = Field(description="Gradient steps.")
+    batch_size: Count = Field(description="Rows of a step.")
+    learning_rate: Positive = Field(description="At the start.")
 
 
 class PPOSettings(Section):
@@ -59,7 +59,7 @@ class ExactStudyConfig(Section):
     """Which methods at which strengths, on how much data, for how long."""
 
     out: str = Field(description="The study's folder.")
-    seeds: list[Seed] = Field([6, 7, 8], min_length=1)
+    seeds: list[Seed] = Field([6, 7, 8], min_length=1, description="Each has runs of its own.")
     processes: Count = Field(2, description="Half seeds at the same time, each with one thread.")
     demonstrations: Count = Field(4_000, description="Responses that the reference imitates.")
     reference: FitSettings = FitSettings(steps=300, batch_size=128, learning_rate=1e-3)

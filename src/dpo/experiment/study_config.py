@@ -83,7 +83,7 @@ class StudyConfig(Section):
         description="What SFT starts from."
     )
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="Each has runs of its own.")
     processes: Count | None = Field(
         None,
         description="Runs at the same time, each a process with one thread, so that its memory can "
