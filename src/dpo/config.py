@@ -96,7 +96,7 @@ class SyntheticConfig(Section):
 
     num_facts: Count = Field(80, le=80, description="Facts; each is asked in four phrasings.")
     num_rows: Count = Field(2000, description="Demonstrations or preference pairs to draw.")
-    seed: Seed = 0
+    seed: Seed = Field(0, description="Decides which are drawn.")
 
 
 class DataConfig(Section):
@@ -136,20 +136,20 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning rate over the run."""
+    """AdamW, or the DPO paper's RMSprop, and the learning rate over the run."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
-        "adamw", description="All but adamw need a GPU and bitsandbytes."
+    name: Literal["adamw", "rmsprop", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="All but adamw and rmsprop need a GPU and bitsandbytes."
     )
     learning_rate: Positive = Field(5e-6, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="How the rate falls to 0 after the warm-up; constant: it does not."
+        "linear", description="Of the learning rate after the warm-up: linear and cosine fall to 0."
     )
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled; matrices only.")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: Positive = 1e-8
+    beta1: float = Field(0.9, ge=0, lt=1, description="Of the mean gradient (AdamW).")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Of the mean square of the gradient.")
+    epsilon: Positive = Field(1e-8, description="Beside the root of the mean square.")
     max_grad_norm: Positive | None = Field(
         1.0, description="Gradients are clipped to this norm; null: they are not."
     )
@@ -167,6 +167,14 @@ class OptimizerConfig(Section):
             )
         if self.in_backward and self.name != "adamw":
             raise ValueError(f"in_backward: goes with name=adamw, not with {self.name}")
+        return self
+
+    @model_validator(mode="after")
+    def _rmsprop_has_no_momentum(self) -> OptimizerConfig:
+        if self.name == "rmsprop" and "beta1" in self.model_fields_set:
+            raise ValueError("beta1: has no effect, rmsprop averages squares only (beta2)")
+        if self.name == "rmsprop" and self.weight_decay > 0:
+            raise ValueError("weight_decay: is for AdamW; rmsprop would scale it with the gradient")
         return self
 
 
@@ -356,10 +364,16 @@ class TrainingConfig(RunConfig):
         return self
 
 
+class SFTOptimizerConfig(OptimizerConfig):
+    """AdamW and its learning rate over the run."""
+
+    learning_rate: Positive = Field(2e-5, description="Peak learning rate.")
+
+
 class SFTConfig(TrainingConfig):
     """Supervised fine-tuning: next-token loss on response tokens."""
 
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5)
+    optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
     response: Literal["chosen", "rejected"] = Field(
         "chosen", description="Which response of a preference pair to imitate."
     )
@@ -435,6 +449,12 @@ class PreferenceConfig(TrainingConfig):
         return takes_reference(self.loss) or asked
 
 
+class RewardOptimizerConfig(OptimizerConfig):
+    """AdamW and its learning rate over the run."""
+
+    learning_rate: Positive = Field(1e-5, description="Peak learning rate.")
+
+
 class RewardConfig(TrainingConfig):
     """A reward model: a linear head on a language model's trunk, from pairs or rankings."""
 
@@ -448,7 +468,7 @@ class RewardConfig(TrainingConfig):
     centre: NonNegative = Field(
         0.0, description="Coefficient of (r_w + r_l)^2: rewards around 0 (Eisenstein et al.: 0.01)."
     )
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    optimizer: RewardOptimizerConfig = RewardOptimizerConfig()
 
     @model_validator(mode="after")
     def _float32_weights(self) -> RewardConfig:
@@ -563,15 +583,20 @@ class EvaluateConfig(Section):
     models: dict[str, str] = Field(description="Name: run directory, model folder or hub id.")
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
     out: Folder = Field(description="Where the tables, figures and generations go.")
-    temperatures: list[NonNegative] = Field([0.1, 0.25, 0.5, 0.75, 1.0], min_length=1)
+    temperatures: list[NonNegative] = Field(
+        [0.1, 0.25, 0.5, 0.75, 1.0], min_length=1, description="Of the responses, each a table row."
+    )
     max_prompts: int = Field(
         500, ge=2, description="Held-out prompts used, at most (seeded choice)."
     )
-    samples_per_prompt: Count = 1
-    max_new_tokens: Count = 256
+    samples_per_prompt: Count = Field(1, description="Responses of a model at each temperature.")
+    max_new_tokens: Count = Field(256, description="Longest response, in tokens.")
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers", description="What generates; vllm needs its extra (docs/evaluation.md)."
+    )
     batch_size: Count = Field(32, description="Prompts generated at once.")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: Seed = 0
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of the models' numbers.")
+    seed: Seed = Field(0, description="Choice of prompts, samples, bootstrap.")
     sentence_model: Annotated[SentenceConfig, BeforeValidator(shorthand)] = SentenceConfig()
     allow_overlap: bool = Field(
         False, description="Evaluate even where a model was trained on some of the prompts."

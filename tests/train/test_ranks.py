@@ -106,6 +106,15 @@ def test_two_ranks_train_what_one_process_does(method, kind):
         assert all("checkpoints" in f.parts for f in shards ^ files)
 
 
+def test_two_sharded_ranks_train_with_rmsprop_what_one_process_does(tmp_path):
+    changes = {"max_steps": 6, "optimizer.name": "rmsprop", "optimizer.learning_rate": 1e-3}
+    sft_run()
+    train(config_of("dpo", "ddp", tmp_path / "one", changes))
+    config = config_of("dpo", "fsdp", tmp_path / "two", changes)
+    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    check_equal(tmp_path / "two", tmp_path / "one")
+
+
 def signal_at(step, number):
     """From now on, this process gets the signal when that step is logged, or would be."""
     log = Run.log

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from dpo.atomic import clean_up, lock_folder, storage_errors
 from dpo.config import EvaluateConfig, ModelConfig
+from dpo.data.prompts import PromptTemplate, load_template
 from dpo.data.rows import PreferenceRow
 from dpo.data.split import prompt_digest
 from dpo.data.synthetic import World
@@ -26,7 +29,8 @@ from dpo.evaluate.sbert import SentenceScorer, load_sentence_model
 from dpo.evaluate.tables import write_results
 from dpo.evaluate.true_reward import RewardRow, true_reward_table, write_true_rewards
 from dpo.evaluate.winrate import WinRateRow, null_responses, score_generations, win_rate_table
-from dpo.models.load import find_model, max_positions
+from dpo.models.load import check_vocabulary, find_model, load_tokenizer, max_positions
+from dpo.models.vllm_backend import VllmModel, check_servable, check_temperature, need_vllm
 from dpo.progress import counting
 from dpo.train.prepare import (
     SplitData,
@@ -107,8 +111,11 @@ def open_evaluation(config: EvaluateConfig, *, trust_remote_code: bool = False) 
             prompt, or another process is working in the folder.
         StorageError: the folder cannot be written.
     """
+    check_backend(config)
     for name, path in config.models.items():  # before anything is loaded
-        find_model(path, key=f"models.{name}")
+        source = find_model(path, trust_remote_code=trust_remote_code, key=f"models.{name}")
+        if config.backend == "vllm":
+            check_servable(source)
     data = load_preferences(config.data)
     rows = held_out_rows(data, config.max_prompts, config.seed)
     for name, path in config.models.items():
@@ -124,6 +131,18 @@ def open_evaluation(config: EvaluateConfig, *, trust_remote_code: bool = False) 
         log.info("%d held-out prompts; judged by %s.", len(rows), embed.name)
         judges = open_judges(config, embed, trust_remote_code=trust_remote_code)
         yield Opened(data, rows, embed, judges)
+
+
+def check_backend(config: EvaluateConfig) -> None:
+    """Refuse what cannot be sampled with, before anything is.
+
+    Raises:
+        InputError: vLLM is asked for and cannot be had, or does not take a temperature.
+    """
+    if config.backend == "vllm":
+        need_vllm()
+        for temperature in config.temperatures:
+            check_temperature(temperature)
 
 
 def origin(config: EvaluateConfig, data: SplitData[PreferenceRow]) -> dict[str, object]:
@@ -180,27 +199,61 @@ def generate_with(
     trust_remote_code: bool = False,
 ) -> list[Generation]:
     """One model's responses, prompted with the template that it was trained with."""
-    policy = open_policy(ModelConfig(path=path), [], config.seed, trust_remote_code)
-    template = choose_template(
-        config.data.template,
-        policy.template,
-        shape=data.shape,
-        conversational=data.conversational,
-    )
-    positions = max_positions(policy.model)
-    encoder = make_encoder(
-        policy.tokenizer, template, max_length=config.data.max_length, positions=positions
-    )
-    sampling = Sampling(
-        temperatures=tuple(config.temperatures),
-        samples_per_prompt=config.samples_per_prompt,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        precision=config.precision,
-        seed=config.seed,
-    )
-    folder = Path(config.out) / GENERATIONS
-    return sample_responses(name, policy.model, encoder, rows, sampling, folder, progress=progress)
+    with open_responder(path, config, trust_remote_code=trust_remote_code) as responder:
+        template = choose_template(
+            config.data.template,
+            responder.template,
+            shape=data.shape,
+            conversational=data.conversational,
+        )
+        encoder = make_encoder(
+            responder.tokenizer,
+            template,
+            max_length=config.data.max_length,
+            positions=max_positions(responder.model),
+        )
+        sampling = Sampling(
+            temperatures=tuple(config.temperatures),
+            samples_per_prompt=config.samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            precision=config.precision,
+            seed=config.seed,
+        )
+        folder = Path(config.out) / GENERATIONS
+        return sample_responses(
+            name, responder.model, encoder, rows, sampling, folder, progress=progress
+        )
+
+
+class Responder(NamedTuple):
+    """What answers prompts, and how they are written for it."""
+
+    model: nn.Module | VllmModel
+    tokenizer: Any
+    template: PromptTemplate | None
+
+
+@contextmanager
+def open_responder(
+    path: str, config: EvaluateConfig, *, trust_remote_code: bool
+) -> Iterator[Responder]:
+    """A model in transformers or in vLLM, whichever the backend is.
+
+    Raises:
+        InputError: there is no such model, its tokenizer does not fit it, or it cannot be served.
+    """
+    if config.backend == "transformers":
+        policy = open_policy(ModelConfig(path=path), [], config.seed, trust_remote_code)
+        yield Responder(policy.model, policy.tokenizer, policy.template)
+        return
+    source = find_model(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source)
+    served = VllmModel(source, batch_size=config.batch_size, precision=config.precision)
+    with closing(served):
+        check_vocabulary(served.config.get_text_config().vocab_size, tokenizer, name=path)
+        template = load_template(Path(source.path)) if source.local else None
+        yield Responder(served, tokenizer, template)
 
 
 def judge(

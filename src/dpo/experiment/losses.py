@@ -48,7 +48,7 @@ class LossStudyConfig(Section):
     """Which losses, from which start, for how long."""
 
     out: Folder = Field(description="The study's folder.")
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="Each has runs of its own.")
     names: list[str] | None = Field(None, min_length=1, description="Losses; all by default.")
     steps: Count = Field(100, description="Optimizer steps of each loss.")
     responses_per_step: Annotated[int, Field(ge=LIST_SIZE, multiple_of=LIST_SIZE)] = Field(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -269,7 +270,19 @@ def check_fit(model: nn.Module, tokenizer: Any, *, name: str) -> None:
     Raises:
         InputError: the tokenizer does not belong to the model.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    check_vocabulary(
+        int(model.get_input_embeddings().weight.shape[0]),  # type: ignore[operator]
+        tokenizer,
+        name=name,
+    )
+
+
+def check_vocabulary(rows: int, tokenizer: Any, *, name: str) -> None:
+    """The same of a model that has so many embeddings.
+
+    Raises:
+        InputError: the tokenizer does not belong to the model.
+    """
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise InputError(
@@ -278,29 +291,31 @@ def check_fit(model: nn.Module, tokenizer: Any, *, name: str) -> None:
         )
 
 
-def max_positions(model: nn.Module) -> int:
-    """The longest sequence that the model's position embeddings allow, in tokens."""
-    return _positions(model.config)
+def max_positions(model: Any, *, default: int = 1_000_000) -> int:
+    """The longest sequence that the model's position embeddings allow, in tokens.
 
-
-def positions_of(source: ModelSource) -> int:
-    """The same, without reading weights.
-
-    Raises:
-        InputError: there is no such model, or its configuration cannot be read.
+    Args:
+        model: whatever has the configuration of a transformers model.
     """
-    try:
-        return _positions(AutoConfig.from_pretrained(source.path, **source.arguments()))
-    except Exception as error:
-        raise explain(error, "configuration", source) from error
-
-
-def _positions(config: Any, *, default: int = 1_000_000) -> int:
+    config = model.config
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
     return default
+
+
+def positions_of(source: ModelSource) -> int:
+    """The same of a model that is not loaded.
+
+    Raises:
+        InputError: there is no such model, or its configuration cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.path, **source.arguments())
+    except Exception as error:
+        raise explain(error, "configuration", source) from error
+    return max_positions(SimpleNamespace(config=config))
 
 
 def weights_digest(model: nn.Module) -> str:

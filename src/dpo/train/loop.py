@@ -25,7 +25,12 @@ from dpo.models.recompute import recompute_without_dropout
 from dpo.progress import counting
 from dpo.train import checkpoint, ranks, sharding
 from dpo.train.background import CheckpointWriter
-from dpo.train.optimizers import denormals_as_zero, make_optimizer, stepping_in_backward
+from dpo.train.optimizers import (
+    BITSANDBYTES,
+    denormals_as_zero,
+    make_optimizer,
+    stepping_in_backward,
+)
 from dpo.train.run import Run
 from dpo.train.schedule import learning_rate
 from dpo.train.stopping import GO_ON, stop_after_step
@@ -321,7 +326,7 @@ _WHOLE_ONLY: dict[str, Callable[[Method, TrainingConfig], bool]] = {
     "moving_reference": lambda method, config: method.companion() is not None,
     "adapter": lambda method, config: config.adapter is not None,
     "precision=pure_bf16": lambda method, config: config.precision == "pure_bf16",
-    "optimizer.name": lambda method, config: config.optimizer.name != "adamw",
+    "optimizer.name": lambda method, config: config.optimizer.name in BITSANDBYTES,
 }
 """Settings that need the whole policy on each rank, and when they are in force."""
 
