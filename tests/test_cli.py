@@ -19,6 +19,7 @@ COMMANDS = (
     ("report",),
     ("compare",),
     ("demo",),
+    ("init",),
     ("config",),
     ("losses",),
     ("theory",),
@@ -58,7 +59,7 @@ def test_help_of_every_command_works(words):
 )
 def test_help_of_a_configured_command_gives_an_example_and_the_way_to_all_keys(words):
     said = dpo(*words, "--help")
-    assert f"Example: dpo {' '.join(words)} " in said.out
+    assert f"Examples dpo {' '.join(words)} " in said.out
     assert "dpo config COMMAND" in said.out
 
 
@@ -96,7 +97,10 @@ def test_config_lists_every_key(command, schema):
 
 def test_config_of_no_command_names_those_there_are():
     err = refused("config", "trian")
-    assert err == "trian: expected one of sft, train, reward, online, ppo, evaluate, experiment."
+    assert err == (
+        "trian: expected one of sft, train, reward, online, ppo, evaluate, experiment; "
+        "did you mean train?"
+    )
 
 
 # -- losses -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from dpo.errors import InputError
+from dpo.errors import InputError, did_you_mean, did_you_mean_path
 from dpo.loss_config import (
     OPTION_KEYS,
     describe_effectless,
@@ -143,7 +143,7 @@ class OptimizerConfig(Section):
     )
     learning_rate: Positive = Field(5e-6, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="Of the learning rate after the warm-up: linear and cosine fall to 0."
+        "linear", description="How the rate falls to 0 after the warm-up; constant: it does not."
     )
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled; matrices only.")
@@ -243,7 +243,7 @@ RewardSource = Annotated[RewardSourceConfig, BeforeValidator(_model_shorthand)]
 
 
 class PreferenceEvaluation(EvaluationDuringTraining):
-    """The same, and how far the policy has moved from the reference."""
+    """What is measured on held-out rows while training, and how far the policy has moved."""
 
     kl_prompts: int = Field(
         64,
@@ -672,6 +672,8 @@ def read_config(
     Raises:
         InputError: everything that is wrong with it, at once.
     """
+    if file is not None and str(file) in known_keys(schema) and not file.exists():
+        raise InputError(f"{file}: expected key=value, e.g. {file}=...")
     values = read_yaml(file) if file is not None else {}
     for override in overrides:
         _apply(values, override)
@@ -738,7 +740,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = _parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"There is no configuration file {file}.") from error
+        hint = did_you_mean_path(str(file)) or "."
+        raise InputError(f"There is no configuration file {file}{hint}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as a UTF-8 text file ({error}).") from error
     except yaml.YAMLError as error:
@@ -754,7 +757,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     """Set one dotted key, e.g. `loss.beta=0.1`."""
     key, separator, text = override.partition("=")
     if not separator or not all(part.strip() for part in key.split(".")):
-        raise InputError(f"{override!r:.60}: expected key=value, e.g. loss.beta=0.1.")
+        place = "; a configuration file comes first" if Path(key).suffix == ".yaml" else ""
+        raise InputError(f"{override!r:.60}: expected key=value, e.g. loss.beta=0.1{place}.")
     try:
         value = _parse(text) if text.strip() else text
     except yaml.YAMLError:
@@ -827,7 +831,10 @@ def _describe(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
     if problem["type"] == "value_error":
         return f"{key}: {reason}" if key else reason
     reason = _PLAIN_REASONS.get(problem["type"], f"{reason[0].lower()}{reason[1:]}")
-    return f"{key}: {reason} (got {problem['input']!r:.60})"
+    hint = ""
+    if problem["type"] == "literal_error":
+        hint = did_you_mean(str(problem["input"]), re.findall(r"'(.*?)'", reason))
+    return f"{key}: {reason} (got {problem['input']!r:.60}){hint}"
 
 
 _PLAIN_REASONS = {

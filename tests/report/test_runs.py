@@ -10,7 +10,7 @@ from rich.console import Console
 from dpo.evaluate.paired import PairedTest
 from dpo.evaluate.true_reward import RewardRow
 from dpo.report import runs
-from dpo.report.data_check import check_data
+from dpo.report.data_check import check_data, print_check
 from dpo.report.runs import finish_run, reward_table, run_table
 from dpo.report.settings import settings_of
 from dpo.train.run import read_metrics
@@ -136,16 +136,16 @@ def test_control_sequences_and_markup_in_data_are_printed_harmlessly(tmp_path, c
     data = tmp_path / "evil.jsonl"
     row = {"prompt": EVIL, "chosen": f"{EVIL} a", "rejected": f"{EVIL} b"}
     data.write_text(json.dumps(row) + "\n")
-    check_data(
+    check = check_data(
         [str(data)],
         tokenizer=str(sft_run()) if tokenizer else None,
         template=None,
         max_length=512,
         test=None,
         split=None,
-        num_shown=3,
         columns={},
     )
+    print_check(check, num_shown=3)
     out = capsys.readouterr().out
     assert not set(out) & {"\x1b", "\x07", "\x9b", "\r"}
     if tokenizer:

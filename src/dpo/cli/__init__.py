@@ -7,21 +7,29 @@ import traceback
 
 import typer
 
-from dpo.cli import data, evaluation, experiments, explaining, training
-from dpo.cli.common import app
+from dpo.cli import data, evaluation, experiments, explaining, init, training
+from dpo.cli.common import DATA, EXPLAIN, MEASURE, TRAIN, app
 from dpo.errors import DPOError, StorageError
 
-__all__ = ["GROUPS", "app", "main"]
+__all__ = ["GROUPS", "PANELS", "app", "main"]
 
-GROUPS = (training, evaluation, experiments, data, explaining)
+GROUPS = (training, evaluation, experiments, data, init, explaining)
 """Each adds its commands to the application when it is imported."""
+
+PANELS = (DATA, TRAIN, MEASURE, EXPLAIN)
+app.registered_commands.sort(key=lambda command: PANELS.index(str(command.rich_help_panel)))
+
+
+ANYWHERE = ("--debug", "--quiet", "-q")
+"""Options that may stand before a command, behind it or among its words."""
 
 
 def main() -> None:
     """Run the command; a user's mistake is one sentence on standard error, with its exit code."""
     debug = "--debug" in sys.argv
     try:
-        words = [word for word in sys.argv[1:] if word != "--debug"]
+        # False before True: they come first, and the other words keep their order.
+        words = sorted(sys.argv[1:], key=lambda word: word not in ANYWHERE)
         app(args=words, prog_name="dpo")
     except DPOError as error:
         _leave(error, debug=debug)

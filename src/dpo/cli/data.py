@@ -7,14 +7,28 @@ from typing import Annotated
 
 import typer
 
-from dpo.cli.common import app, quiet_transformers
+from dpo.cli.common import DATA, AsJSON, app, print_json, quiet_transformers, teach
 from dpo.errors import InputError
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at preference data before training on it.")
-app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data", rich_help_panel=DATA)
 
 
-@data_app.command("check")
+@data_app.command(
+    "check",
+    help=teach(
+        "Validate, count, measure, and show a few rows as the model will see them.",
+        ("dpo data check prefs.jsonl", "Is every row valid? Duplicates, lengths, identical pairs."),
+        (
+            "dpo data check prefs.jsonl --tokenizer gpt2 --max-length 256",
+            "In tokens: how many rows are cut, and which tokens are scored.",
+        ),
+        (
+            "dpo data check mine.csv --column prompt=question --column chosen=better",
+            "Columns of other names.",
+        ),
+    ),
+)
 def data_check(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders, hub id.")],
     tokenizer: Annotated[
@@ -32,23 +46,26 @@ def data_check(
     column: Annotated[
         list[str] | None, typer.Option(help="ours=yours, e.g. --column prompt=question.")
     ] = None,
+    as_json: AsJSON = False,
 ) -> None:
-    """Validate, count, measure, and show a few rows as the model will see them."""
-    from dpo.report.data_check import check_data
+    from dpo.report.data_check import check_data, print_check
 
     if template is not None and tokenizer is None:
         raise InputError("--template: has no effect without a --tokenizer to count tokens with.")
     quiet_transformers()
-    check_data(
+    check = check_data(
         files,
         tokenizer=tokenizer,
         template=template,
         max_length=max_length,
         test=test,
         split=split,
-        num_shown=rows,
         columns=dict(_pair(text) for text in column or []),
     )
+    if as_json:
+        print_json(check.as_result())
+    else:
+        print_check(check, num_shown=rows)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -58,7 +75,13 @@ def _pair(text: str) -> tuple[str, str]:
     return ours, yours
 
 
-@data_app.command("synthetic")
+@data_app.command(
+    "synthetic",
+    help=teach(
+        "Write the embedded data as JSONL: questions and answers with a known reward.",
+        ("dpo data synthetic prefs.jsonl --rows 500", "Preference pairs to try things on."),
+    ),
+)
 def data_synthetic(
     out: Annotated[Path, typer.Argument(help="File to write, .jsonl.")],
     rows: Annotated[int, typer.Option(min=1, help="How many.")] = 2000,
@@ -67,7 +90,6 @@ def data_synthetic(
         bool, typer.Option("--demonstrations", help="Answers to imitate instead of pairs.")
     ] = False,
 ) -> None:
-    """Write the embedded data as JSONL: questions and answers with a known reward."""
     from dpo.data import synthetic
     from dpo.data.sources import write_jsonl
 

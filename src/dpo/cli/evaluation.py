@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,38 +10,74 @@ import typer
 
 from dpo.cli.common import (
     CONFIGURATION,
+    MEASURE,
+    AsJSON,
     Settings,
     TrustRemoteCode,
     app,
+    finish,
     leave_page,
+    on_screen,
+    print_json,
     quiet_transformers,
     read,
+    teach,
 )
 from dpo.errors import InputError
 
 
 @app.command(
-    help="Sentence-BERT win rates on held-out prompts, with intervals, nulls and tests.\n\n"
-    "Example: [cyan]dpo evaluate models.sft=runs/sft models.dpo=runs/first data=prefs.jsonl "
-    "out=runs/evaluation[/cyan]"
-    f"{CONFIGURATION}"
+    rich_help_panel=MEASURE,
+    help=teach(
+        "Sentence-BERT win rates on held-out prompts, with intervals, nulls and tests.",
+        (
+            "dpo evaluate models.sft=runs/sft models.dpo=runs/dpo data=prefs.jsonl out=runs/wins",
+            "Two models on the prompts that neither was trained on.",
+        ),
+        (
+            "dpo evaluate models.dpo=runs/dpo data=prefs.jsonl out=runs/judged judges=[reward] "
+            "reward=runs/reward",
+            "Against the chosen responses, by a reward model.",
+        ),
+        (
+            "dpo evaluate models.dpo=runs/dpo data=prefs.jsonl out=runs/fast max_prompts=50 --json",
+            "A quick look for a script.",
+        ),
+        more=CONFIGURATION,
+    ),
 )
-def evaluate(settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+def evaluate(
+    settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJSON = False,
+) -> None:
     from dpo.config import EvaluateConfig
 
     config = read(EvaluateConfig, settings)
     from dpo.evaluate.jobs import evaluate as run_evaluation
     from dpo.report.diagnostics_figures import leave_diagnosis, print_readings
+    from dpo.report.results import evaluation_result
     from dpo.report.runs import finish_evaluation
 
     quiet_transformers()
-    evaluation = run_evaluation(config, trust_remote_code=trust_remote_code)
-    finish_evaluation(evaluation)
-    print_readings(leave_diagnosis(evaluation.folder), evaluation.folder)
-    leave_page(evaluation.folder)
+    with on_screen(as_json=as_json):
+        evaluation = run_evaluation(config, trust_remote_code=trust_remote_code)
+        finish_evaluation(evaluation)
+        diagnosis = leave_diagnosis(evaluation.folder)
+        print_readings(diagnosis, evaluation.folder)
+        leave_page(evaluation.folder)
+    finish(lambda: evaluation_result(evaluation, diagnosis), as_json=as_json)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MEASURE,
+    help=teach(
+        "Judge answers side by side on a local page, without knowing whose they are.",
+        ("dpo arena runs/evaluation --a sft --b dpo", "Two models of an evaluation."),
+        ("dpo arena runs/dpo --annotator ann", "A run's samples against the chosen responses."),
+        ("dpo arena --summary a.jsonl b.jsonl", "Win rates and agreement of what was judged."),
+    ),
+)
 def arena(
     context: typer.Context,
     folders: Annotated[
@@ -65,10 +102,6 @@ def arena(
         bool, typer.Option("--summary", help="Only sum up files of judgements.")
     ] = False,
 ) -> None:
-    """Judge answers side by side on a local page, without knowing whose they are.
-
-    Example: [cyan]dpo arena runs/evaluation --a sft --b dpo[/cyan]
-    """
     from dpo.evaluate.arena.jobs import hold_arena, summarise_files
 
     if summary:
@@ -96,7 +129,17 @@ def _given(context: typer.Context) -> list[str]:
     return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MEASURE,
+    help=teach(
+        "What a run shows beside its loss: displacement, length, diversity, subsets, calibration.",
+        ("dpo diagnose runs/dpo", "Diagnostics and figures again, from the run's files alone."),
+        (
+            "dpo diagnose runs/evaluation --json",
+            "Of an evaluation: what its generations are like, and length-controlled win rates.",
+        ),
+    ),
+)
 def diagnose(
     folder: Annotated[
         Path, typer.Argument(help="A run's folder, or an evaluation's.", metavar="FOLDER")
@@ -104,42 +147,53 @@ def diagnose(
     out: Annotated[
         Path | None, typer.Option(help="Where the files go, if not into that folder.")
     ] = None,
+    as_json: AsJSON = False,
 ) -> None:
-    """What a run shows beside its loss: displacement, length, diversity, subsets, calibration.
-
-    From the files in its folder alone: writes diagnostics.json and figures, and prints warnings.
-    For an evaluation: what its generations are like, and length-controlled win rates.
-    """
     from dpo.report.diagnostics_figures import leave_diagnosis, print_readings
 
-    print_readings(leave_diagnosis(folder, out), out or folder)
+    diagnosis = leave_diagnosis(folder, out)
+    if as_json:
+        print_json(asdict(diagnosis))
+    else:
+        print_readings(diagnosis, out or folder)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MEASURE,
+    help=teach(
+        "Write index.html again from a folder's files: one page that opens from disk.",
+        ("dpo report runs/dpo runs/evaluation", "Of a run and an evaluation."),
+    ),
+)
 def report(
     folders: Annotated[
         list[Path], typer.Argument(metavar="FOLDER...", help="Runs, evaluations, studies.")
     ],
 ) -> None:
-    """Write index.html again from a folder's files: one page that opens from disk.
-
-    Example: [cyan]dpo report runs/dpo runs/evaluation[/cyan]
-    """
     from dpo.report.page.write import write_page
 
     for folder in folders:
         typer.echo(write_page(folder))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MEASURE,
+    help=teach(
+        "Runs side by side in one page: settings that differ, metrics, paired tests, samples.",
+        ("dpo compare runs/dpo runs/ipo --out runs/comparison", "A page."),
+        ("dpo compare runs/dpo runs/ipo --out runs/comparison --json", "Its numbers as well."),
+    ),
+)
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run directories.")],
     out: Annotated[Path, typer.Option(help="Where the page and its figure go.")],
+    as_json: AsJSON = False,
 ) -> None:
-    """Runs side by side in one page: settings that differ, metrics, paired tests, samples.
-
-    Example: [cyan]dpo compare runs/dpo runs/ipo --out runs/comparison[/cyan]
-    """
     from dpo.report.page.compare import write_comparison
+    from dpo.report.results import comparison_result
 
-    typer.echo(write_comparison(runs, out))
+    page = write_comparison(runs, out)
+    if as_json:
+        print_json(comparison_result(runs, page))
+    else:
+        typer.echo(page)

@@ -7,17 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo.cli.common import app
-from dpo.errors import InputError
+from dpo.cli.common import EXPLAIN, app, teach
+from dpo.cli.completion import complete_command, complete_loss, schemas
+from dpo.errors import InputError, did_you_mean
 
 
-@app.command()
+@app.command(
+    rich_help_panel=EXPLAIN,
+    help=teach(
+        "List every key of a command's configuration: type, default, meaning.",
+        ("dpo config train", "What dpo train can be told."),
+    ),
+)
 def config(
     command: Annotated[
-        str, typer.Argument(help="sft, train, reward, online, ppo, evaluate or experiment.")
+        str,
+        typer.Argument(
+            help="sft, train, reward, online, ppo, evaluate or experiment.",
+            autocompletion=complete_command,
+        ),
     ],
 ) -> None:
-    """List every key of a command's configuration: type, default, meaning."""
     from dpo.report.settings import print_settings
 
     print_settings(command, _schema(command))
@@ -25,36 +35,38 @@ def config(
 
 def _schema(command: str) -> type[Any]:
     """The configuration of a command."""
-    from dpo import config, online_config
-
-    known = {
-        "sft": config.SFTConfig,
-        "train": config.PreferenceConfig,
-        "reward": config.RewardConfig,
-        "online": online_config.OnlineConfig,
-        "ppo": online_config.PPOConfig,
-        "evaluate": config.EvaluateConfig,
-    }
+    known = schemas()
     if command == "experiment":  # heavy, so only where it is asked for
         from dpo.experiment.study import StudyConfig
 
         return StudyConfig
     if command not in known:
-        raise InputError(f"{command}: expected one of {', '.join(known)}, experiment.")
+        names = [*known, "experiment"]
+        hint = did_you_mean(command, names) or "."
+        raise InputError(f"{command}: expected one of {', '.join(names)}{hint}")
     return known[command]
 
 
-@app.command()
+@app.command(
+    rich_help_panel=EXPLAIN,
+    help=teach(
+        "List the losses with formula and source, or explain one: what it does, needs and takes.",
+        ("dpo losses", "All of them."),
+        ("dpo losses simpo", "One, with its options."),
+    ),
+)
 def losses(
     name: Annotated[
-        str | None, typer.Argument(help="A loss to explain; without one, all are listed.")
+        str | None,
+        typer.Argument(
+            help="A loss to explain; without one, all are listed.", autocompletion=complete_loss
+        ),
     ] = None,
     write: Annotated[
         Path | None,
         typer.Option(help="Write the pages of the documentation, with figures, to that folder."),
     ] = None,
 ) -> None:
-    """List the losses with formula and source, or explain one: what it does, needs and takes."""
     from dpo.loss_config import LOSS_CONFIGS, describe_unknown_loss
 
     if name is not None and name not in LOSS_CONFIGS and name != "mix":
@@ -69,14 +81,20 @@ def losses(
         print_losses()
 
 
-@app.command()
+@app.command(
+    rich_help_panel=EXPLAIN,
+    help=teach(
+        "Check every statement of the report numerically: tolerance and measured error.",
+        ("dpo theory", "All checks, in seconds."),
+        ("dpo theory preferences --json results.json", "Those of a chapter, into a file."),
+    ),
+)
 def theory(
     names: Annotated[
         list[str] | None, typer.Argument(help="Checks to run; all by default.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
 ) -> None:
-    """Check every statement of the report numerically: tolerance and measured error."""
     from rich.console import Console
 
     from dpo.theory import render, run, write_results

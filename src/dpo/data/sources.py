@@ -39,7 +39,7 @@ from dpo.data.rows import (
     UnpairedRow,
 )
 from dpo.data.shapes import SCORES, Kind, kind_of_row, read_rows
-from dpo.errors import InputError
+from dpo.errors import InputError, did_you_mean_path
 
 MAX_SHOWN_PROBLEMS = 20
 
@@ -199,7 +199,7 @@ def _read_source(source: Source, split: str | None, revision: str | None) -> Ite
     if path is None:
         raise InputError(
             f"{printable(str(source), limit=1000)}: there is no such file or folder, "
-            "and it is no hub id (owner/name)."
+            "and it is no hub id (owner/name)" + (did_you_mean_path(str(source)) or ".")
         )
     if path.is_dir():
         yield from _read_folder(path)

@@ -169,7 +169,7 @@ def train_reward(config: RewardConfig, *, trust_remote_code: bool = False) -> Pa
     data = load_rows_for(KIND_OF[config.loss], config.data)
     if config.margin is not None:
         check_margins([*data.train, *data.test])
-    texts = [text for row in data.train for text in _texts(row)] if config.model.fresh else []
+    texts = [text for row in data.train for text in texts_of(row)] if config.model.fresh else []
     start = open_trained(config, texts, trust_remote_code)
     encoder = make_run_encoder(config, start, data)
     model = from_causal(start.model, seed=config.seed)
@@ -212,7 +212,7 @@ def train_reward(config: RewardConfig, *, trust_remote_code: bool = False) -> Pa
     return run.folder
 
 
-def _texts(row: PreferenceRow | RankedRow) -> list[str]:
+def texts_of(row: PreferenceRow | RankedRow) -> list[str]:
     """What a fresh tokenizer learns from."""
     responses = row.responses if isinstance(row, RankedRow) else (row.chosen, row.rejected)
     return [f"{as_text(row.prompt)}\n{response}" for response in responses]
