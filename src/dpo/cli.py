@@ -62,6 +62,9 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+PLANNED = ("sft", "train")
+"""The commands whose runs `dpo plan` estimates."""
+
 DISTRIBUTED = ("sft", "train", "reward")
 """The commands that torchrun or accelerate may start several times over."""
 
@@ -243,6 +246,34 @@ def evaluate(settings: Settings = None, trust_remote_code: TrustRemoteCode = Fal
     finish_evaluation(evaluation)
     print_readings(leave_diagnosis(evaluation.folder), evaluation.folder)
     _leave_page(evaluation.folder)
+
+
+@app.command(
+    help="Memory and time of a run before it starts, and settings that would fit.\n\n"
+    "The configuration is that of dpo sft or dpo train (the default), and a machine: this one, a "
+    "GPU by its name, or numbers. Nothing is trained and no weight is read.\n\n"
+    "Example: [cyan]dpo plan model=runs/sft data=prefs.jsonl machine=H100[/cyan]\n\n"
+    "Example: [cyan]dpo plan sft model=gpt2-medium data=prefs.jsonl machine.devices=8[/cyan]"
+    f"{CONFIGURATION}"
+)
+def plan(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[sft|train] [CONFIG] [KEY=VALUE]...",
+            help="A command, a YAML file, then settings.",
+            show_default=False,
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    words = list(settings or [])
+    command = words.pop(0) if words and words[0] in PLANNED else "train"
+    config = _read(_schema("plan sft" if command == "sft" else "plan"), words)
+    from dpo.report.plan import print_plan
+
+    _quiet_transformers()
+    print_plan(config, trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -520,7 +551,7 @@ def data_synthetic(
 @app.command()
 def config(
     command: Annotated[
-        str, typer.Argument(help="sft, train, reward, online, ppo, evaluate or experiment.")
+        str, typer.Argument(help="sft, train, reward, online, ppo, evaluate, plan or experiment.")
     ],
 ) -> None:
     """List every key of a command's configuration: type, default, meaning."""
@@ -531,7 +562,7 @@ def config(
 
 def _schema(command: str) -> type[Any]:
     """The configuration of a command."""
-    from dpo import config, online_config
+    from dpo import config, online_config, plan_config
 
     known = {
         "sft": config.SFTConfig,
@@ -540,6 +571,8 @@ def _schema(command: str) -> type[Any]:
         "online": online_config.OnlineConfig,
         "ppo": online_config.PPOConfig,
         "evaluate": config.EvaluateConfig,
+        "plan": plan_config.PreferencePlanConfig,
+        "plan sft": plan_config.SFTPlanConfig,
     }
     if command == "experiment":  # heavy, so only where it is asked for
         from dpo.experiment.study import StudyConfig
