@@ -47,3 +47,12 @@ class RankLost(DPOError):
     """
 
     exit_code = 6
+
+
+def reason_of(error: Exception) -> str:
+    """What another library's error says, on one line, for a sentence of ours.
+
+    >>> reason_of(ValueError("no such\n  project"))
+    'no such project'
+    """
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
