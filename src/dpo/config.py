@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -289,8 +290,42 @@ class AdapterConfig(Section):
     )
 
 
+TrackerName = Literal["wandb", "mlflow", "trackio"]
+
+
+def _tracker_names(value: Any) -> Any:
+    """`report_to=wandb` means `report_to=[wandb]`."""
+    return [value] if isinstance(value, str) else value
+
+
+def _repo_shorthand(value: Any) -> Any:
+    """`push_to_hub=me/model` means `push_to_hub.repo=me/model`."""
+    if isinstance(value, str):
+        return {"repo": value}
+    if isinstance(value, Mapping) and "path" in value:  # with `push_to_hub.private=false` too
+        return {"repo": value["path"]} | {key: value[key] for key in value if key != "path"}
+    return value
+
+
+class HubConfig(Section):
+    """Where a finished run's model is uploaded."""
+
+    repo: str = Field(description="Repository of the hub, owner/name; made where there is none.")
+    private: bool = Field(True, description="Of a repository that is made: seen by its owner only.")
+
+    @field_validator("repo")
+    @classmethod
+    def _owner_and_name(cls, repo: str) -> str:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+            raise ValueError(f"expected owner/name (got {repo!r:.60})")
+        return repo
+
+
 class RunConfig(Section):
     """What every training command takes."""
+
+    PLACES: ClassVar[frozenset[str]] = frozenset(("out", "distributed", "report_to", "push_to_hub"))
+    """Keys that say where a run takes place and who hears of it, not what it computes."""
 
     model: Annotated[ModelConfig, BeforeValidator(shorthand)]
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
@@ -312,6 +347,31 @@ class RunConfig(Section):
     )
     evaluation: EvaluationDuringTraining = EvaluationDuringTraining()
     save_every: Every = Field("epoch", description="'epoch', or steps.")
+    report_to: Annotated[list[TrackerName], BeforeValidator(_tracker_names)] = Field(
+        default=[],
+        description="Who is told the metrics, beside TensorBoard: wandb, mlflow, trackio.",
+    )
+    push_to_hub: Annotated[HubConfig | None, BeforeValidator(_repo_shorthand)] = Field(
+        None, description="Upload the finished run's model to the hub; none: it stays here."
+    )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All settings that decide the result, as JSON."""
+        return self.model_dump(mode="json", exclude={*self.PLACES})
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers_that_are_here(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected different ones, got {', '.join(names)}")
+        for name in names:
+            if find_spec(name) is None:
+                raise ValueError(
+                    f"{name} is not installed; pip install "
+                    f"'direct-preference-optimization[{name}]', or leave it out"
+                )
+        return names
 
     @model_validator(mode="after")
     def _adapter_on_a_trained_model(self) -> RunConfig:

@@ -37,6 +37,7 @@ from dpo.atomic import (
 from dpo.errors import InputError
 from dpo.train import ranks
 from dpo.train.checkpoint import Origin
+from dpo.train.trackers import Tracker, open_trackers
 
 LIBRARIES = (
     "direct-preference-optimization",
@@ -54,13 +55,14 @@ log = logging.getLogger("dpo")
 
 @dataclass
 class Run:
-    """An open run directory. Metrics go to `metrics.jsonl` and to TensorBoard."""
+    """An open run directory. Metrics go to `metrics.jsonl`, to TensorBoard, and to `trackers`."""
 
     folder: Path
     lock: TextIOWrapper | None
     """None on a rank that is not the first: it reads, and drops what it is told to write."""
     origin: Origin
     """What its checkpoints are made of."""
+    trackers: list[Tracker] = field(default_factory=list)
     _tensorboard: Any = field(default=None)
 
     @property
@@ -81,8 +83,25 @@ class Run:
         """Whether the run has come to its end; then there is nothing to do."""
         return read_manifest(self.folder).get("status") == "finished"
 
+    def report_to(self, names: Iterable[str], settings: Mapping[str, Any]) -> None:
+        """From now on, tell these services the metrics as well; a run that goes on is the same run
+        to them.
+
+        Raises:
+            InputError: one of them cannot be begun.
+        """
+        if not self.writes:
+            return
+        known = read_manifest(self.folder).get("reported_to", {})
+        self.trackers = open_trackers(names, self.folder, settings, known)
+        ids = {tracker.name: tracker.service.id for tracker in self.trackers}
+        if ids.items() - known.items():
+            self.update_manifest(reported_to=known | ids)
+
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one line of metrics, whole or not at all; numbers go to TensorBoard as well."""
+        """Append one line of metrics, whole or not at all; numbers go to TensorBoard and the
+        trackers as well.
+        """
         if not self.writes:
             return
         line = json.dumps(jsonable(dict(row))) + "\n"
@@ -95,6 +114,8 @@ class Run:
         for name, value in row.items():
             if isinstance(value, int | float) and name != "step":
                 self._tensorboard.add_scalar(name, value, int(row["step"]))
+        for tracker in self.trackers:
+            tracker.log(row)
 
     def sync_metrics(self) -> None:
         """Make the metrics so far survive a loss of power."""
@@ -122,6 +143,8 @@ class Run:
         """Flush what is open and give the lock back."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+        for tracker in self.trackers:
+            tracker.finish()
         if self.lock is not None:
             self.lock.close()
 
