@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from dpo import atomic
@@ -19,7 +20,7 @@ from dpo.config import ModelConfig, RunConfig
 from dpo.data.audit import audit
 from dpo.data.prompts import PromptTemplate, as_text, load_template
 from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, UnpairedRow
-from dpo.data.split import prompt_digest
+from dpo.data.split import Digests, prompt_digests
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
 from dpo.models.adapters import AdapterSettings, open_model
@@ -45,7 +46,7 @@ from dpo.train.prepare import (
     make_encoder,
     seeded_choice,
 )
-from dpo.train.run import TRAIN_PROMPTS, Run, load_train_prompts, open_run
+from dpo.train.run import TRAIN_PROMPTS, Run, open_run, train_prompts
 from dpo.train.stopping import stop_here
 
 DATA_AUDIT = "data.json"
@@ -143,10 +144,19 @@ def make_run_encoder(config: RunConfig, policy: Policy, data: SplitData[Any]) ->
     )
 
 
-def prompts_seen(config: RunConfig, data: SplitData[Any]) -> set[int]:
+def prompts_seen(config: RunConfig, data: SplitData[Any]) -> Digests:
     """Digests of the prompts of this run and of the runs that its model comes from."""
-    before = load_train_prompts(Path(config.model.path).expanduser()) if config.model.path else None
-    return (before or set()) | {prompt_digest(row.prompt) for row in data.train}
+    before = train_prompts(Path(config.model.path).expanduser()) if config.model.path else None
+    own = prompt_digests(row.prompt for row in data.train)
+    return own if before is None else np.union1d(before, own)
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """What was asked for, without where it is written, where data are kept, and who computes it:
+    these change nothing of the result.
+    """
+    without: dict[str, Any] = {"out": True, "distributed": True, "data": {"store", "cache"}}
+    return config.model_dump(mode="json", exclude=without)
 
 
 @contextmanager
@@ -162,7 +172,7 @@ def opened_run(
     """The run directory, locked, with everything that decides its result written down."""
     identity = {
         "command": command,
-        **config.model_dump(mode="json", exclude={"out", "distributed"}),
+        **settings_of(config),
         "resolved": {
             "template": {"name": encoder.template.name, "text": encoder.template.text},
             "max_length": encoder.max_length,
@@ -209,8 +219,7 @@ def _withdraw(run: Run) -> None:
 
 def run_card(config: RunConfig, policy: Policy, encoder: Encoder, method: str, **more: str) -> str:
     """The README of the run's model folders; `more` as in `model_card`."""
-    asked = config.model_dump(mode="json", exclude={"out", "distributed"})
-    settings = json.dumps(asked, indent=2)
+    settings = json.dumps(settings_of(config), indent=2)
     data = config.data.path if isinstance(config.data.path, str) else ", ".join(config.data.path)
     return model_card(
         title=Path(config.out).name,
