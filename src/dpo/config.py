@@ -18,8 +18,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -120,6 +122,13 @@ class DataConfig(Section):
     max_dropped: float = Field(
         0.01, ge=0, le=1, description="Share of rows that may be dropped before the run stops."
     )
+    store: Literal["memory", "arrow"] = Field(
+        "memory",
+        description="arrow: pairs stay on disk, tokenised once and memory-mapped (docs/data.md).",
+    )
+    cache: str | None = Field(
+        None, description="Folder for what store=arrow keeps; none: $DPO_CACHE or the user's cache."
+    )
     synthetic: SyntheticConfig = SyntheticConfig()
 
     @model_validator(mode="after")
@@ -131,9 +140,21 @@ class DataConfig(Section):
             for name in ("test", "split", "revision", "columns"):
                 if getattr(self, name):
                     raise ValueError(f"data.{name} has no effect when data is 'synthetic'")
+            if self.store != "memory":
+                raise ValueError("data.store has no effect when data is 'synthetic'")
+        if self.cache is not None and self.store == "memory":
+            raise ValueError("data.cache has no effect unless data.store is arrow")
         if self.test is not None and given & {"test_fraction", "split_seed"}:
             raise ValueError("test_fraction and split_seed have no effect when data.test is given")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_default_store(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where rows are kept changes no result: what is recorded names it only if it was asked."""
+        values: dict[str, Any] = serialize(self)
+        if self.store == "memory":
+            values = {k: v for k, v in values.items() if k not in ("store", "cache")}
+        return values
 
 
 class OptimizerConfig(Section):
@@ -358,7 +379,8 @@ class RunConfig(Section):
     @property
     def identity(self) -> dict[str, Any]:
         """All settings that decide the result, as JSON."""
-        return self.model_dump(mode="json", exclude={*self.PLACES})
+        places: dict[str, Any] = dict.fromkeys(self.PLACES, True)
+        return self.model_dump(mode="json", exclude=places | {"data": {"store", "cache"}})
 
     @field_validator("report_to")
     @classmethod

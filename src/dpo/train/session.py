@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from dpo import atomic
@@ -19,7 +20,7 @@ from dpo.config import ModelConfig, RunConfig
 from dpo.data.audit import audit
 from dpo.data.prompts import PromptTemplate, as_text, load_template
 from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, UnpairedRow
-from dpo.data.split import prompt_digest
+from dpo.data.split import Digests, prompt_digests
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
 from dpo.models.adapters import AdapterSettings, open_model
@@ -47,7 +48,7 @@ from dpo.train.prepare import (
     seeded_choice,
 )
 from dpo.train.publish import check_login, publish
-from dpo.train.run import TRAIN_PROMPTS, Run, load_train_prompts, open_run
+from dpo.train.run import TRAIN_PROMPTS, Run, open_run, train_prompts
 from dpo.train.stopping import stop_here
 
 DATA_AUDIT = "data.json"
@@ -159,10 +160,11 @@ def encoder_for(
     return make_encoder(tokenizer, template, max_length=config.data.max_length, positions=positions)
 
 
-def prompts_seen(config: RunConfig, data: SplitData[Any]) -> set[int]:
+def prompts_seen(config: RunConfig, data: SplitData[Any]) -> Digests:
     """Digests of the prompts of this run and of the runs that its model comes from."""
-    before = load_train_prompts(Path(config.model.path).expanduser()) if config.model.path else None
-    return (before or set()) | {prompt_digest(row.prompt) for row in data.train}
+    before = train_prompts(Path(config.model.path).expanduser()) if config.model.path else None
+    own = prompt_digests(row.prompt for row in data.train)
+    return own if before is None else np.union1d(before, own)
 
 
 @contextmanager
