@@ -10,7 +10,10 @@ import pytest
 import dpo
 
 PACKAGE = Path(dpo.__file__).parent
-BASE = {"errors", "atomic", "progress", "config", "loss_config", "online_config", "sections"}
+BASE = {
+    *("errors", "atomic", "progress", "config", "loss_config", "online_config", "plan_config"),
+    "sections",
+}
 ALLOWED = {
     "__init__": {"config", "online_config", "core", "train", "evaluate"},  # of types, and lazily
     "errors": set(),
@@ -20,6 +23,7 @@ ALLOWED = {
     "loss_config": {"sections"},
     "config": {"errors", "loss_config", "sections"},
     "online_config": {"config", "loss_config", "sections"},
+    "plan_config": {"config", "core", "sections"},
     "core": {"errors"},
     "theory": {"core", "errors", "atomic"},
     "data": {"core", "errors", "atomic"},

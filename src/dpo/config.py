@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -17,8 +18,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -119,6 +122,13 @@ class DataConfig(Section):
     max_dropped: float = Field(
         0.01, ge=0, le=1, description="Share of rows that may be dropped before the run stops."
     )
+    store: Literal["memory", "arrow"] = Field(
+        "memory",
+        description="arrow: pairs stay on disk, tokenised once and memory-mapped (docs/data.md).",
+    )
+    cache: str | None = Field(
+        None, description="Folder for what store=arrow keeps; none: $DPO_CACHE or the user's cache."
+    )
     synthetic: SyntheticConfig = SyntheticConfig()
 
     @model_validator(mode="after")
@@ -130,9 +140,21 @@ class DataConfig(Section):
             for name in ("test", "split", "revision", "columns"):
                 if getattr(self, name):
                     raise ValueError(f"data.{name} has no effect when data is 'synthetic'")
+            if self.store != "memory":
+                raise ValueError("data.store has no effect when data is 'synthetic'")
+        if self.cache is not None and self.store == "memory":
+            raise ValueError("data.cache has no effect unless data.store is arrow")
         if self.test is not None and given & {"test_fraction", "split_seed"}:
             raise ValueError("test_fraction and split_seed have no effect when data.test is given")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_default_store(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where rows are kept changes no result: what is recorded names it only if it was asked."""
+        values: dict[str, Any] = serialize(self)
+        if self.store == "memory":
+            values = {k: v for k, v in values.items() if k not in ("store", "cache")}
+        return values
 
 
 class OptimizerConfig(Section):
@@ -143,7 +165,7 @@ class OptimizerConfig(Section):
     )
     learning_rate: Positive = Field(5e-6, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="Of the learning rate after the warm-up: linear and cosine fall to 0."
+        "linear", description="How the rate falls to 0 after the warm-up; constant: it does not."
     )
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled; matrices only.")
@@ -289,8 +311,42 @@ class AdapterConfig(Section):
     )
 
 
+TrackerName = Literal["wandb", "mlflow", "trackio"]
+
+
+def _tracker_names(value: Any) -> Any:
+    """`report_to=wandb` means `report_to=[wandb]`."""
+    return [value] if isinstance(value, str) else value
+
+
+def _repo_shorthand(value: Any) -> Any:
+    """`push_to_hub=me/model` means `push_to_hub.repo=me/model`."""
+    if isinstance(value, str):
+        return {"repo": value}
+    if isinstance(value, Mapping) and "path" in value:  # with `push_to_hub.private=false` too
+        return {"repo": value["path"]} | {key: value[key] for key in value if key != "path"}
+    return value
+
+
+class HubConfig(Section):
+    """Where a finished run's model is uploaded."""
+
+    repo: str = Field(description="Repository of the hub, owner/name; made where there is none.")
+    private: bool = Field(True, description="Of a repository that is made: seen by its owner only.")
+
+    @field_validator("repo")
+    @classmethod
+    def _owner_and_name(cls, repo: str) -> str:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+            raise ValueError(f"expected owner/name (got {repo!r:.60})")
+        return repo
+
+
 class RunConfig(Section):
     """What every training command takes."""
+
+    PLACES: ClassVar[frozenset[str]] = frozenset(("out", "distributed", "report_to", "push_to_hub"))
+    """Keys that say where a run takes place and who hears of it, not what it computes."""
 
     model: Annotated[ModelConfig, BeforeValidator(shorthand)]
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
@@ -312,6 +368,32 @@ class RunConfig(Section):
     )
     evaluation: EvaluationDuringTraining = EvaluationDuringTraining()
     save_every: Every = Field("epoch", description="'epoch', or steps.")
+    report_to: Annotated[list[TrackerName], BeforeValidator(_tracker_names)] = Field(
+        default=[],
+        description="Who is told the metrics, beside TensorBoard: wandb, mlflow, trackio.",
+    )
+    push_to_hub: Annotated[HubConfig | None, BeforeValidator(_repo_shorthand)] = Field(
+        None, description="Upload the finished run's model to the hub; none: it stays here."
+    )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All settings that decide the result, as JSON."""
+        places: dict[str, Any] = dict.fromkeys(self.PLACES, True)
+        return self.model_dump(mode="json", exclude=places | {"data": {"store", "cache"}})
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers_that_are_here(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected different ones, got {', '.join(names)}")
+        for name in names:
+            if find_spec(name) is None:
+                raise ValueError(
+                    f"{name} is not installed; pip install "
+                    f"'direct-preference-optimization[{name}]', or leave it out"
+                )
+        return names
 
     @model_validator(mode="after")
     def _adapter_on_a_trained_model(self) -> RunConfig:

@@ -71,3 +71,12 @@ def did_you_mean_path(name: str) -> str:
     except (OSError, ValueError):  # no folder either, or a name that none can have
         return ""
     return f"; did you mean {path.with_name(near[0])}?" if near else ""
+
+
+def reason_of(error: Exception) -> str:
+    """What another library's error says, on one line, for a sentence of ours.
+
+    >>> reason_of(ValueError("no such\n  project"))
+    'no such project'
+    """
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -7,13 +7,13 @@ import traceback
 
 import typer
 
-from dpo.cli import data, evaluation, experiments, explaining, init, training
+from dpo.cli import data, evaluation, experiments, explaining, init, planning, training
 from dpo.cli.common import DATA, EXPLAIN, MEASURE, TRAIN, app
 from dpo.errors import DPOError, StorageError
 
 __all__ = ["GROUPS", "PANELS", "app", "main"]
 
-GROUPS = (training, evaluation, experiments, data, init, explaining)
+GROUPS = (training, planning, evaluation, experiments, data, init, explaining)
 """Each adds its commands to the application when it is imported."""
 
 PANELS = (DATA, TRAIN, MEASURE, EXPLAIN)

@@ -19,7 +19,7 @@ FILES = ("data", "model", "reference", "reward", "path", "test", "out")
 
 def schemas() -> dict[str, type[BaseModel]]:
     """The configuration of each command that takes one, but of studies, whose are slow to load."""
-    from dpo import config, online_config
+    from dpo import config, online_config, plan_config
 
     return {
         "sft": config.SFTConfig,
@@ -28,6 +28,7 @@ def schemas() -> dict[str, type[BaseModel]]:
         "online": online_config.OnlineConfig,
         "ppo": online_config.PPOConfig,
         "evaluate": config.EvaluateConfig,
+        "plan": plan_config.PreferencePlanConfig,
     }
 
 

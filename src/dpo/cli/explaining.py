@@ -24,7 +24,7 @@ def config(
     command: Annotated[
         str,
         typer.Argument(
-            help="sft, train, reward, online, ppo, evaluate or experiment.",
+            help="sft, train, reward, online, ppo, evaluate, plan or experiment.",
             autocompletion=complete_command,
         ),
     ],

@@ -15,7 +15,7 @@ from dpo.atomic import clean_up, lock_folder, storage_errors
 from dpo.config import EvaluateConfig, ModelConfig
 from dpo.data.prompts import PromptTemplate, load_template
 from dpo.data.rows import PreferenceRow
-from dpo.data.split import prompt_digest
+from dpo.data.split import contains, prompt_digest
 from dpo.data.synthetic import World
 from dpo.errors import InputError
 from dpo.evaluate.embeddings import EmbeddingCache
@@ -39,7 +39,7 @@ from dpo.train.prepare import (
     make_encoder,
     seeded_choice,
 )
-from dpo.train.run import load_train_prompts
+from dpo.train.run import train_prompts
 from dpo.train.session import open_policy
 
 log = logging.getLogger("dpo")
@@ -154,17 +154,17 @@ def held_out_rows(
     data: SplitData[PreferenceRow], max_prompts: int, seed: int
 ) -> list[PreferenceRow]:
     """One held-out row for each prompt (its first), at most `max_prompts`, by a seeded choice."""
-    first: dict[int, PreferenceRow] = {}
-    for row in data.test:
+    first: dict[int, int] = {}
+    for number, row in enumerate(data.test):
         if row.chosen != row.rejected:
-            first.setdefault(prompt_digest(row.prompt), row)
+            first.setdefault(prompt_digest(row.prompt), number)
     rows = list(first.values())
     if len(rows) < 2:
         raise InputError(
             f"data: {len(rows)} held-out prompts have a pair of two different responses; expected "
             "at least 2, since the null responses answer with another prompt's."
         )
-    return [rows[i] for i in seeded_choice(len(rows), max_prompts, seed=seed)]
+    return [data.test[rows[i]] for i in seeded_choice(len(rows), max_prompts, seed=seed)]
 
 
 def check_held_out(name: str, path: str, rows: Sequence[PreferenceRow], *, allow: bool) -> None:
@@ -173,11 +173,11 @@ def check_held_out(name: str, path: str, rows: Sequence[PreferenceRow], *, allow
     Raises:
         InputError: some of the prompts are in the run's training prompts, and `allow` is False.
     """
-    trained = load_train_prompts(Path(path).expanduser())
+    trained = train_prompts(Path(path).expanduser())
     if trained is None:
         log.info("models.%s: %s does not say which prompts it was trained on.", name, path)
         return
-    shared = sum(prompt_digest(row.prompt) in trained for row in rows)
+    shared = sum(contains(trained, prompt_digest(row.prompt)) for row in rows)
     if shared and not allow:
         raise InputError(
             f"models.{name}: {path} was trained on {shared} of the {len(rows)} held-out prompts; "

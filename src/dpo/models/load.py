@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -291,31 +290,33 @@ def check_vocabulary(rows: int, tokenizer: Any, *, name: str) -> None:
         )
 
 
-def max_positions(model: Any, *, default: int = 1_000_000) -> int:
+def max_positions(model: Any) -> int:
     """The longest sequence that the model's position embeddings allow, in tokens.
 
     Args:
         model: whatever has the configuration of a transformers model.
     """
-    config = model.config
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return default
+    return _positions(model.config)
 
 
 def positions_of(source: ModelSource) -> int:
-    """The same of a model that is not loaded.
+    """The same, without reading weights.
 
     Raises:
         InputError: there is no such model, or its configuration cannot be read.
     """
     try:
-        config = AutoConfig.from_pretrained(source.path, **source.arguments())
+        return _positions(AutoConfig.from_pretrained(source.path, **source.arguments()))
     except Exception as error:
         raise explain(error, "configuration", source) from error
-    return max_positions(SimpleNamespace(config=config))
+
+
+def _positions(config: Any, *, default: int = 1_000_000) -> int:
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return default
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from dpo import atomic
@@ -19,7 +20,7 @@ from dpo.config import ModelConfig, RunConfig
 from dpo.data.audit import audit
 from dpo.data.prompts import PromptTemplate, as_text, load_template
 from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, UnpairedRow
-from dpo.data.split import prompt_digest
+from dpo.data.split import Digests, prompt_digests
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
 from dpo.models.adapters import AdapterSettings, open_model
@@ -46,7 +47,8 @@ from dpo.train.prepare import (
     make_encoder,
     seeded_choice,
 )
-from dpo.train.run import TRAIN_PROMPTS, Run, load_train_prompts, open_run
+from dpo.train.publish import check_login, publish
+from dpo.train.run import TRAIN_PROMPTS, Run, open_run, train_prompts
 from dpo.train.stopping import stop_here
 
 DATA_AUDIT = "data.json"
@@ -158,10 +160,11 @@ def encoder_for(
     return make_encoder(tokenizer, template, max_length=config.data.max_length, positions=positions)
 
 
-def prompts_seen(config: RunConfig, data: SplitData[Any]) -> set[int]:
+def prompts_seen(config: RunConfig, data: SplitData[Any]) -> Digests:
     """Digests of the prompts of this run and of the runs that its model comes from."""
-    before = load_train_prompts(Path(config.model.path).expanduser()) if config.model.path else None
-    return (before or set()) | {prompt_digest(row.prompt) for row in data.train}
+    before = train_prompts(Path(config.model.path).expanduser()) if config.model.path else None
+    own = prompt_digests(row.prompt for row in data.train)
+    return own if before is None else np.union1d(before, own)
 
 
 @contextmanager
@@ -177,7 +180,7 @@ def opened_run(
     """The run directory, locked, with everything that decides its result written down."""
     identity = {
         "command": command,
-        **config.model_dump(mode="json", exclude={"out", "distributed"}),
+        **config.identity,
         "resolved": {
             "template": {"name": encoder.template.name, "text": encoder.template.text},
             "max_length": encoder.max_length,
@@ -196,13 +199,26 @@ def opened_run(
         log.info("%s is finished; nothing to do.", run.folder)
     try:
         with stop_here():
+            with ranks.together():
+                _open_places(config, run)
             _leave_audit(run, data)
             yield run
+        if config.push_to_hub is not None and run.writes:
+            publish(config.push_to_hub, run.folder)
     except InputError:
         _withdraw(run)
         raise
     finally:
         run.close()
+
+
+def _open_places(config: RunConfig, run: Run) -> None:
+    """Whoever is to hear of the run must be there before the first step."""
+    if run.finished or not run.writes:
+        return
+    if config.push_to_hub is not None:
+        check_login(config.push_to_hub)
+    run.report_to(config.report_to, config.identity)
 
 
 def _leave_audit(run: Run, data: SplitData[Any]) -> None:
@@ -224,8 +240,7 @@ def _withdraw(run: Run) -> None:
 
 def run_card(config: RunConfig, policy: Policy, encoder: Encoder, method: str, **more: str) -> str:
     """The README of the run's model folders; `more` as in `model_card`."""
-    asked = config.model_dump(mode="json", exclude={"out", "distributed"})
-    settings = json.dumps(asked, indent=2)
+    settings = json.dumps(config.identity, indent=2)
     data = config.data.path if isinstance(config.data.path, str) else ", ".join(config.data.path)
     return model_card(
         title=Path(config.out).name,
