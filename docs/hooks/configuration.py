@@ -18,6 +18,7 @@ from dpo.experiment.sentiment_config import SentimentConfig
 from dpo.experiment.study import StudyConfig
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.report.loss_pages import allowed
+from dpo.train.recipe import InitConfig
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "sft": SFTConfig,
@@ -26,6 +27,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "online": OnlineConfig,
     "ppo": PPOConfig,
     "evaluate": EvaluateConfig,
+    "init": InitConfig,
     "experiment run": StudyConfig,
     "experiment losses": LossStudyConfig,
     "experiment exact": ExactStudyConfig,

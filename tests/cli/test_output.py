@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from dpo.report.results import study_result
 from dpo.train.run import read_manifest, read_metrics
 from train.small_runs import (
     dpo,
@@ -101,6 +102,20 @@ def test_json_of_a_data_check_has_its_counts(tmp_path):
         0,
     )
     assert result["template"] == "plain"
+
+
+def test_the_result_of_a_study_is_its_tables_by_the_names_in_their_heads(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({"config": {"grid": {}}}))
+    tables = {"methods": [["method", "KL"], ["DPO", "0.5"], ["IPO", "0.7"]], "cost": []}
+    (tmp_path / "tables.json").write_text(json.dumps(tables))
+    shutil.copytree(sft_run(), tmp_path / "runs" / "sft-0")
+    found = study_result(tmp_path)
+    assert found["command"] == "experiment run"
+    assert found["tables"] == {
+        "methods": [{"method": "DPO", "KL": "0.5"}, {"method": "IPO", "KL": "0.7"}],
+        "cost": [],
+    }
+    assert found["runs"] == [str(tmp_path / "runs" / "sft-0")]
 
 
 def test_an_error_leaves_standard_output_empty():

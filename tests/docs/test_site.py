@@ -73,7 +73,7 @@ def test_a_command_is_explained_as_its_help_explains_it():
     from commands import pages
 
     text = pages()["commands/train.md"]
-    assert "Example: `dpo train model=runs/sft data=prefs.jsonl" in text
+    assert "**Examples**\n\n- `dpo train model=runs/sft data=prefs.jsonl" in text
     assert "`--trust-remote-code`" in text
     assert "../configuration/train.md" in text
     assert not re.search(r"\[/?(bold|cyan)\]", "".join(pages().values()))

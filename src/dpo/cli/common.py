@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import os
-import sys
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,40 +11,12 @@ import typer
 
 from dpo import __version__
 from dpo.cli.completion import complete_setting
+from dpo.cli.output import set_up_logging
+from dpo.cli.teaching import FIRST_STEPS, teach
 from dpo.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-FIRST_STEPS = (
-    ("dpo demo", "The whole method in minutes, without a network."),
-    ("dpo data check prefs.jsonl", "Is the data what you think it is?"),
-    ("dpo init data=prefs.jsonl model=gpt2", "A commented recipe for your data and model."),
-    ("dpo train recipe.yaml --dry-run", "What it would do: rows, tokens, steps."),
-    ("dpo train recipe.yaml", "Train."),
-    ("dpo evaluate models.dpo=runs/prefs-dpo data=prefs.jsonl out=runs/wins", "Is it better?"),
-)
-
-CONFIGURATION = (
-    "[bold]Configuration.[/bold] An optional YAML file, then key=value on top, dotted for "
-    "sections: [cyan]loss.beta=0.3 batch.size=16[/cyan]. Unknown keys are errors. "
-    "[cyan]dpo config COMMAND[/cyan] lists every key."
-)
-
-
-def teach(what: str, *examples: tuple[str, str], more: str = "", title: str = "Examples") -> str:
-    """The help of a command: what it does, commands to copy with what they are for, and more.
-
-    A blank line is a paragraph's end, a single one is kept.
-    """
-    shown = [f"  [cyan]{_plain(command)}[/cyan]\n      {_plain(why)}" for command, why in examples]
-    return "\n\n".join([what, f"[bold]{title}[/bold]", "\n".join(shown), more]).rstrip()
-
-
-def _plain(text: str) -> str:
-    """Text whose brackets are no markup."""
-    return text.replace("[", r"\[")
-
+    from collections.abc import Sequence
 
 app = typer.Typer(
     name="dpo",
@@ -88,8 +56,6 @@ AsJSON = Annotated[
     ),
 ]
 
-log = logging.getLogger("dpo")
-
 
 def _version(asked: bool) -> None:
     if asked:
@@ -117,7 +83,7 @@ def options(
     command = context.invoked_subcommand
     if command not in DISTRIBUTED:
         refuse_launcher(f"dpo {command}")
-    _set_up_logging(logging.WARNING if quiet else logging.INFO)
+    set_up_logging(logging.WARNING if quiet else logging.INFO)
 
 
 def refuse_launcher(what: str) -> None:
@@ -128,73 +94,6 @@ def refuse_launcher(what: str) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"{what} is one process; start it without torchrun or accelerate.")
-
-
-def _set_up_logging(level: int) -> None:
-    """Our own lines on standard error; the libraries' only when they warn."""
-    log.handlers = [_log_handler()]
-    log.setLevel(level)
-    log.propagate = False
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-def _log_handler() -> logging.Handler:
-    """Coloured and folded for a person; where nobody watches, a line a message."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        return RichHandler(
-            console=console, show_path=False, show_level=False, log_time_format="[%X]"
-        )
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%X"))
-    return handler
-
-
-def is_quiet() -> bool:
-    """Whether `--quiet` was given."""
-    return log.level > logging.INFO
-
-
-@contextmanager
-def on_screen(*, as_json: bool) -> Iterator[None]:
-    """What is printed inside is for a person: with `--quiet` nobody reads it, and with `--json` it
-    leaves standard output to the result.
-    """
-    with redirect_stdout(io.StringIO() if is_quiet() else sys.stderr if as_json else sys.stdout):
-        yield
-
-
-def print_json(result: dict[str, Any]) -> None:
-    """One object on one line."""
-    from dpo.atomic import jsonable
-
-    typer.echo(json.dumps(jsonable(result)))
-
-
-def finish(result_of: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
-    """Give a script its object; with `--quiet`, say the warnings that the screen would have had."""
-    if not (as_json or is_quiet()):
-        return
-    from dpo.report.results import warnings_of
-
-    result = result_of()
-    if as_json:
-        print_json(result)
-    if is_quiet():
-        for line in warnings_of(result):
-            log.warning("%s", line)
-
-
-def quiet_transformers() -> None:
-    """Our progress bars replace those of the library."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def _split_settings(settings: Sequence[str] | None) -> tuple[Path | None, list[str]]:
@@ -210,10 +109,3 @@ def read(schema: type[Any], settings: Sequence[str] | None) -> Any:
 
     file, overrides = _split_settings(settings)
     return read_config(schema, file, overrides)
-
-
-def leave_page(folder: Path, study: Any = None) -> None:
-    """Write the page of what has just come to its end; of a study, its configuration too."""
-    from dpo.report.page.write import leave_page
-
-    leave_page(folder, study)

@@ -39,7 +39,8 @@ def complete_setting(context: typer.Context, incomplete: str) -> list[str]:
     follows it alone.
     """
     schema = schemas().get(context.info_name or "")
-    *_, before, last = ["", "", *(context.params.get("settings") or [])]
+    given: list[str] = context.params.get("settings") or []
+    *_, before, last = ["", "", *given]
     if last == "=":
         return list(_values(schema, before, incomplete))
     if _annotation(schema, last.split(".")) is not None:  # a key that waits for its value

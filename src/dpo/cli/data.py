@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from dpo.cli.common import DATA, AsJSON, app, print_json, quiet_transformers, teach
+from dpo.cli.common import DATA, AsJSON, app
+from dpo.cli.output import print_json, quiet_transformers
+from dpo.cli.teaching import teach
 from dpo.errors import InputError
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at preference data before training on it.")

@@ -8,21 +8,9 @@ from typing import Annotated
 
 import typer
 
-from dpo.cli.common import (
-    CONFIGURATION,
-    MEASURE,
-    AsJSON,
-    Settings,
-    TrustRemoteCode,
-    app,
-    finish,
-    leave_page,
-    on_screen,
-    print_json,
-    quiet_transformers,
-    read,
-    teach,
-)
+from dpo.cli.common import MEASURE, AsJSON, Settings, TrustRemoteCode, app, read
+from dpo.cli.output import finish, leave_page, on_screen, print_json, quiet_transformers
+from dpo.cli.teaching import CONFIGURATION, teach
 from dpo.errors import InputError
 
 

@@ -8,20 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpo.cli.common import (
-    CONFIGURATION,
-    MEASURE,
-    AsJSON,
-    Settings,
-    TrustRemoteCode,
-    app,
-    finish,
-    leave_page,
-    on_screen,
-    quiet_transformers,
-    read,
-    teach,
-)
+from dpo.cli.common import MEASURE, AsJSON, Settings, TrustRemoteCode, app, read
+from dpo.cli.output import finish, leave_page, on_screen, quiet_transformers
+from dpo.cli.teaching import CONFIGURATION, teach
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo.cli.common import EXPLAIN, app, teach
+from dpo.cli.common import EXPLAIN, app
 from dpo.cli.completion import complete_command, complete_loss, schemas
+from dpo.cli.teaching import teach
 from dpo.errors import InputError, did_you_mean
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import typer
 
-from dpo.cli.common import DATA, Settings, app, read, teach
+from dpo.cli.common import DATA, Settings, app, read
+from dpo.cli.teaching import teach
 
 
 @app.command(

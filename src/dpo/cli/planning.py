@@ -6,16 +6,10 @@ from typing import Annotated
 
 import typer
 
-from dpo.cli.common import (
-    CONFIGURATION,
-    TRAIN,
-    TrustRemoteCode,
-    app,
-    quiet_transformers,
-    read,
-    teach,
-)
+from dpo.cli.common import TRAIN, TrustRemoteCode, app, read
 from dpo.cli.completion import complete_setting
+from dpo.cli.output import quiet_transformers
+from dpo.cli.teaching import CONFIGURATION, teach
 
 
 @app.command(

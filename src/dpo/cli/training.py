@@ -7,22 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpo.cli.common import (
-    CONFIGURATION,
-    TRAIN,
-    AsJSON,
-    Settings,
-    TrustRemoteCode,
-    app,
-    finish,
-    leave_page,
-    on_screen,
-    print_json,
-    quiet_transformers,
-    read,
-    refuse_launcher,
-    teach,
-)
+from dpo.cli.common import TRAIN, AsJSON, Settings, TrustRemoteCode, app, read, refuse_launcher
+from dpo.cli.output import finish, leave_page, on_screen, print_json, quiet_transformers
+from dpo.cli.teaching import CONFIGURATION, teach
 
 DryRun = Annotated[
     bool,

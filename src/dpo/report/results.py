@@ -64,8 +64,8 @@ def study_result(folder: Path) -> Result:
     study = gather(folder)
     assert isinstance(study, StudyFolder)
     tables = {
-        name: [dict(zip(head, row, strict=False)) for row in rows]
-        for name, (head, *rows) in study.tables.items()
+        name: [dict(zip(table[0], row, strict=False)) for row in table[1:]]
+        for name, table in study.tables.items()
     }
     return {
         "command": study.command,

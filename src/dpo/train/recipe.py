@@ -30,7 +30,7 @@ from dpo.data.guess import guess_columns
 from dpo.data.prompts import as_text
 from dpo.data.rows import Row
 from dpo.data.shapes import Kind
-from dpo.data.sources import load_records, load_rows
+from dpo.data.sources import LoadedRows, load_records, load_rows
 from dpo.errors import InputError
 from dpo.sections import Section
 
@@ -149,16 +149,21 @@ def _look(data: DataConfig) -> tuple[tuple[Row, ...], Kind, str, dict[str, str]]
     if data.path == "synthetic":
         made = synthetic.preferences(**data.synthetic.model_dump())
         return made, "preference", f"{len(made):,} pairs of the embedded data", {}
-    where = {"split": data.split, "revision": data.revision}
+
+    def load(columns: Mapping[str, str]) -> LoadedRows:
+        return load_rows(data.path, columns=columns, split=data.split, revision=data.revision)
+
     columns: dict[str, str] = {}
     try:
-        loaded = load_rows(data.path, columns=data.columns, **where)
+        loaded = load(data.columns)
     except InputError:
-        records, _ = load_records(data.path, **where)
-        columns = guess_columns(list(records[0].values)) if not data.columns else {}
+        if data.columns:
+            raise
+        records, _ = load_records(data.path, split=data.split, revision=data.revision)
+        columns = guess_columns(list(records[0].values))
         if not columns:
             raise
-        loaded = load_rows(data.path, columns=columns, **where)
+        loaded = load(columns)
     name = data.path if isinstance(data.path, str) else ", ".join(data.path)
     return loaded.rows, loaded.kind, f"{printable(name, limit=200)}: {loaded}", columns
 
