@@ -190,16 +190,17 @@ def run(sizes: list[int], file: Path) -> None:
             for store in sorted(STORES):  # arrow first
                 if (num_pairs, store) in done:
                     continue
-                result = measured_apart(Path(folder), store)
-                known["results"].append({"num_pairs": num_pairs, "store": store, **result})
+                result = {"num_pairs": num_pairs, "store": store}
+                result |= measured_apart(Path(folder), store)
+                known["results"].append(result)
                 file.write_text(json.dumps(known, indent=2) + "\n")
-                print(table(known["results"]).splitlines()[-1], flush=True)
+                print(table([result]).splitlines()[-1], flush=True)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
-        "| pairs | `data.store` | own memory, peak | of it for the data | resident, peak | on disk |",
+        "| pairs | `data.store` | own memory, peak | of it by the data | resident, peak | disk |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for result in sorted(results, key=lambda r: (r["store"] != "memory", r["num_pairs"])):
