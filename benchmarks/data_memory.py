@@ -128,13 +128,13 @@ def measure(source: Path, store: str, cache: Path) -> dict[str, Any]:
         data = load_preferences(config)
         passed("read and split")
         counts = audit(data.train, test_rows=data.test)
-        digests = prompt_digests(row.prompt for row in data.train)
+        num_prompts = len(prompt_digests(row.prompt for row in data.train))
         passed("audit")
         encoder = Encoder(Words(), resolve_template("plain"), 512)
         pairs = encode_pairs(encoder, data.train, max_dropped=0.01, what="training rows")
         passed("tokenise")
         sequences = sequences_of(pairs)
-        order = longest_prompt_first(sequences)
+        num_ordered = len(longest_prompt_first(sequences))
         reference = torch.full((len(sequences),), float("nan"), dtype=torch.float64)
         passed("order for the reference")
         tokens = 0
@@ -143,7 +143,7 @@ def measure(source: Path, store: str, cache: Path) -> dict[str, Any]:
             tokens += sum(num_tokens(pairs[row]) for row in rows)
             reference[rows] = 0.0
         passed("one epoch")
-    assert counts.num_rows == len(digests) == len(pairs) == len(order) // 2
+    assert counts.num_rows == num_prompts == len(pairs) == num_ordered // 2
     return {
         "num_training_pairs": len(pairs),
         "num_tokens": tokens,
@@ -190,16 +190,17 @@ def run(sizes: list[int], file: Path) -> None:
             for store in sorted(STORES):  # arrow first
                 if (num_pairs, store) in done:
                     continue
-                result = measured_apart(Path(folder), store)
-                known["results"].append({"num_pairs": num_pairs, "store": store, **result})
+                result = {"num_pairs": num_pairs, "store": store}
+                result |= measured_apart(Path(folder), store)
+                known["results"].append(result)
                 file.write_text(json.dumps(known, indent=2) + "\n")
-                print(table(known["results"]).splitlines()[-1], flush=True)
+                print(table([result]).splitlines()[-1], flush=True)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
-        "| pairs | `data.store` | own memory, peak | of it for the data | resident, peak | on disk |",
+        "| pairs | `data.store` | own memory, peak | of it by the data | resident, peak | disk |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for result in sorted(results, key=lambda r: (r["store"] != "memory", r["num_pairs"])):

@@ -107,7 +107,8 @@ class DataConfig(Section):
 
     path: Sources = Field(
         "synthetic",
-        description="File, folder, list of them, hub id, or 'synthetic' (the embedded data).",
+        description="File, folder, pattern (shards/*.parquet), list of them, hub id, or "
+        "'synthetic' (the embedded data).",
     )
     test: str | None = Field(None, description="Held-out rows, if they are a source of their own.")
     split: str | None = Field(None, description="Split of a hub data set (default: train).")
@@ -126,7 +127,7 @@ class DataConfig(Section):
         "memory",
         description="arrow: pairs stay on disk, tokenised once and memory-mapped (docs/data.md).",
     )
-    cache: str | None = Field(
+    cache: Folder | None = Field(
         None, description="Folder for what store=arrow keeps; none: $DPO_CACHE or the user's cache."
     )
     synthetic: SyntheticConfig = SyntheticConfig()

@@ -142,15 +142,27 @@ def longest_prompt_first(sequences: Sequence[TokenSequence]) -> NDArray[np.int64
     so that they share it. Numbers of the sequences; 8 bytes of each prompt's digest tell prompts
     apart.
     """
-    prompts, lengths = array("Q"), array("q")
+    prompts, lengths = array("Q"), array("i")
     for sequence in sequences:
         prompts.append(_prompt_digest(sequence))
         lengths.append(len(sequence))
-    digests = np.frombuffer(prompts, np.uint64)
-    _, first, group = np.unique(digests, return_index=True, return_inverse=True)
-    longest = np.zeros(len(first), np.int64)
-    np.maximum.at(longest, group, np.frombuffer(lengths, np.int64))
-    return np.lexsort((np.arange(len(group)), first[group], -longest[group]))
+    members, starts = _grouped(np.frombuffer(prompts, np.uint64))
+    del prompts
+    longest = np.maximum.reduceat(np.frombuffer(lengths, np.int32)[members], starts)
+    groups = np.lexsort((members[starts], -longest))
+    sizes = np.diff(starts, append=len(members))[groups]
+    places = np.repeat(starts[groups] - (np.cumsum(sizes) - sizes), sizes)
+    places += np.arange(len(members))
+    return members[places]
+
+
+def _grouped(digests: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places of equal digests together, each group in its order; and where the groups start."""
+    members = np.argsort(digests, kind="stable")
+    ordered = digests[members]
+    begins = np.ones(len(ordered), bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    return members, np.flatnonzero(begins)
 
 
 def _prompt_digest(sequence: TokenSequence) -> int:
