@@ -177,19 +177,17 @@ def measured_apart(source: Path, store: str) -> dict[str, Any]:
     return result
 
 
-def run(sizes: list[int], file: Path) -> None:
-    """Measure every size in both stores, and keep each result as soon as it is there."""
+def run(sizes: list[int], stores: list[str], file: Path) -> None:
+    """Measure every size in every store, and keep each result as soon as it is there."""
     known = json.loads(file.read_text()) if file.exists() else {"results": []}
     done = {(result["num_pairs"], result["store"]) for result in known["results"]}
     file.parent.mkdir(parents=True, exist_ok=True)
     for num_pairs in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            if {(num_pairs, store) for store in STORES} <= done:
-                continue
-            write_shards(Path(folder), num_pairs)
-            for store in sorted(STORES):  # arrow first
-                if (num_pairs, store) in done:
-                    continue
+            todo = [store for store in stores if (num_pairs, store) not in done]
+            if todo:
+                write_shards(Path(folder), num_pairs)
+            for store in todo:
                 result = {"num_pairs": num_pairs, "store": store}
                 result |= measured_apart(Path(folder), store)
                 known["results"].append(result)
@@ -224,6 +222,7 @@ def _mib(num_bytes: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--stores", choices=STORES, nargs="+", default=list(STORES))
     parser.add_argument("--out", type=Path, default=Path("data-memory.json"))
     parser.add_argument("--show", type=Path, help="print the table of a file of results")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
@@ -234,7 +233,7 @@ def main() -> None:
         source, store, cache = arguments.measure
         print(json.dumps(measure(Path(source), store, Path(cache))))
     else:
-        run(arguments.pairs, arguments.out)
+        run(arguments.pairs, arguments.stores, arguments.out)
 
 
 if __name__ == "__main__":
