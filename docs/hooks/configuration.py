@@ -78,7 +78,7 @@ def file_name(command: str) -> str:
 def page(command: str) -> str:
     """The keys of one command, a table per section."""
     schema = SCHEMAS[command]
-    parts = [f"# Settings of dpo {command}", _about(schema)]
+    parts = [f"# dpo {command}: settings", _about(schema)]
     for path, section, keys in sections(schema):
         if path:
             parts += [f"## `{path}`", _about(section)]
