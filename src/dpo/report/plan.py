@@ -93,7 +93,7 @@ def machine_of(asked: MachineConfig) -> Machine:
     if asked.gpu is not None:
         return replace(GPUS[asked.gpu], **given)
     if given.keys() >= set(names):
-        return Machine(**{"name": "the machine given", "utilisation": UTILISATION} | given)
+        return Machine(name="the machine given", **{"utilisation": UTILISATION} | given)
     return replace(this_machine(), **given)
 
 
