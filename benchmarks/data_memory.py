@@ -103,7 +103,8 @@ def measure(source: Path, store: str, cache: Path) -> dict[str, Any]:
     """Do to the data what training does, and say what it took."""
     import torch
 
-    from dpo.config import DataConfig, validate
+    from dpo.config import DataConfig
+    from dpo.config_files import validate
     from dpo.data.audit import audit
     from dpo.data.order import batch_rows, steps_per_epoch
     from dpo.data.prompts import resolve_template

@@ -49,7 +49,8 @@ def test_every_key_has_a_meaning():
 def test_the_reference_has_the_keys_and_defaults_of_the_configuration():
     from configuration import page
 
-    from dpo.config import SFTConfig, known_keys, read_config
+    from dpo.config import SFTConfig
+    from dpo.config_files import known_keys, read_config
 
     shown = dict(
         re.findall(r"^\| `([\w.]+)` \| [^|]+ \| `?([^|`]+)`? \|", page("sft"), re.MULTILINE)

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from dpo.config import PreferenceConfig, RewardConfig, RunConfig, nested, validate
+from dpo.config import PreferenceConfig, RewardConfig, RunConfig
+from dpo.config_files import nested, validate
 from dpo.data.order import steps_per_epoch
 from dpo.data.synthetic import KINDS, all_facts
 from dpo.errors import InputError

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dpo.config import nested, validate
+from dpo.config_files import nested, validate
 from dpo.core.machines import GIB, GPUS, UTILISATION, Machine
 from dpo.errors import InputError
 from dpo.plan_config import MachineConfig, PreferencePlanConfig, SFTPlanConfig
