@@ -103,7 +103,8 @@ def measure(source: Path, store: str, cache: Path) -> dict[str, Any]:
     """Do to the data what training does, and say what it took."""
     import torch
 
-    from dpo.config import DataConfig, validate
+    from dpo.config import DataConfig
+    from dpo.config_files import validate
     from dpo.data.audit import audit
     from dpo.data.order import batch_rows, steps_per_epoch
     from dpo.data.prompts import resolve_template
@@ -128,13 +129,13 @@ def measure(source: Path, store: str, cache: Path) -> dict[str, Any]:
         data = load_preferences(config)
         passed("read and split")
         counts = audit(data.train, test_rows=data.test)
-        digests = prompt_digests(row.prompt for row in data.train)
+        num_prompts = len(prompt_digests(row.prompt for row in data.train))
         passed("audit")
         encoder = Encoder(Words(), resolve_template("plain"), 512)
         pairs = encode_pairs(encoder, data.train, max_dropped=0.01, what="training rows")
         passed("tokenise")
         sequences = sequences_of(pairs)
-        order = longest_prompt_first(sequences)
+        num_ordered = len(longest_prompt_first(sequences))
         reference = torch.full((len(sequences),), float("nan"), dtype=torch.float64)
         passed("order for the reference")
         tokens = 0
@@ -143,7 +144,7 @@ def measure(source: Path, store: str, cache: Path) -> dict[str, Any]:
             tokens += sum(num_tokens(pairs[row]) for row in rows)
             reference[rows] = 0.0
         passed("one epoch")
-    assert counts.num_rows == len(digests) == len(pairs) == len(order) // 2
+    assert counts.num_rows == num_prompts == len(pairs) == num_ordered // 2
     return {
         "num_training_pairs": len(pairs),
         "num_tokens": tokens,
@@ -177,29 +178,28 @@ def measured_apart(source: Path, store: str) -> dict[str, Any]:
     return result
 
 
-def run(sizes: list[int], file: Path) -> None:
-    """Measure every size in both stores, and keep each result as soon as it is there."""
+def run(sizes: list[int], stores: list[str], file: Path) -> None:
+    """Measure every size in every store, and keep each result as soon as it is there."""
     known = json.loads(file.read_text()) if file.exists() else {"results": []}
     done = {(result["num_pairs"], result["store"]) for result in known["results"]}
     file.parent.mkdir(parents=True, exist_ok=True)
     for num_pairs in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            if {(num_pairs, store) for store in STORES} <= done:
-                continue
-            write_shards(Path(folder), num_pairs)
-            for store in sorted(STORES):  # arrow first
-                if (num_pairs, store) in done:
-                    continue
-                result = measured_apart(Path(folder), store)
-                known["results"].append({"num_pairs": num_pairs, "store": store, **result})
+            todo = [store for store in stores if (num_pairs, store) not in done]
+            if todo:
+                write_shards(Path(folder), num_pairs)
+            for store in todo:
+                result = {"num_pairs": num_pairs, "store": store}
+                result |= measured_apart(Path(folder), store)
+                known["results"].append(result)
                 file.write_text(json.dumps(known, indent=2) + "\n")
-                print(table(known["results"]).splitlines()[-1], flush=True)
+                print(table([result]).splitlines()[-1], flush=True)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
-        "| pairs | `data.store` | own memory, peak | of it for the data | resident, peak | on disk |",
+        "| pairs | `data.store` | own memory, peak | of it by the data | resident, peak | disk |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for result in sorted(results, key=lambda r: (r["store"] != "memory", r["num_pairs"])):
@@ -223,6 +223,7 @@ def _mib(num_bytes: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--stores", choices=STORES, nargs="+", default=list(STORES))
     parser.add_argument("--out", type=Path, default=Path("data-memory.json"))
     parser.add_argument("--show", type=Path, help="print the table of a file of results")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
@@ -233,7 +234,7 @@ def main() -> None:
         source, store, cache = arguments.measure
         print(json.dumps(measure(Path(source), store, Path(cache))))
     else:
-        run(arguments.pairs, arguments.out)
+        run(arguments.pairs, arguments.stores, arguments.out)
 
 
 if __name__ == "__main__":

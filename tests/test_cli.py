@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
-from dpo.config import EvaluateConfig, PreferenceConfig, RewardConfig, SFTConfig, known_keys
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
+from dpo.config_files import known_keys
+from dpo.evaluation_config import EvaluateConfig
 from dpo.models import load
 from train.small_runs import CANARY, dpo, dpo_config, evaluate_config, sft_config, sft_run, words_of
 

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dpo.config import EvaluateConfig, PreferenceConfig, RewardConfig, SFTConfig, sections_of
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
+from dpo.config_files import sections_of
+from dpo.evaluation_config import EvaluateConfig
 from dpo.experiment.exact_config import ExactStudyConfig
 from dpo.experiment.frontier_config import FrontierConfig
 from dpo.experiment.losses import LossStudyConfig
@@ -80,7 +82,7 @@ def file_name(command: str) -> str:
 def page(command: str) -> str:
     """The keys of one command, a table per section."""
     schema = SCHEMAS[command]
-    parts = [f"# Settings of dpo {command}", _about(schema)]
+    parts = [f"# dpo {command}: settings", _about(schema)]
     for path, section, keys in sections(schema):
         if path:
             parts += [f"## `{path}`", _about(section)]

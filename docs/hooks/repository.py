@@ -1,7 +1,7 @@
 """Files outside `docs/` that its pages link to: where they stand in the site.
 
 A module of `src/dpo` is its page of the API reference. Any other file is copied into `repository/`:
-Markdown and images as they are, texts as a page that shows them.
+Markdown and images as they are, texts as a page that shows them. A folder is its README, or a list.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from mkdocs.structure.files import Files
 
+ROOT = Path(__file__).parents[2]
 LINK = re.compile(
     r"(?P<text>\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)"
 )
@@ -22,20 +23,22 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".csv": "text", 
 SHOWN_CHARACTERS = 200_000
 
 
-def files_linked_from(files: Files, root: Path) -> dict[str, Path]:
+def files_linked_from(files: Files) -> dict[str, Path]:
     """Files of the repository that pages link to, and those that these link to, by place here."""
     waiting = [(p.src_uri, p.content_string) for p in files.documentation_pages()]
     found: dict[str, Path] = {}
     while waiting:
         page, text = waiting.pop()
         for target in _targets(text, page):
-            place, source = place_of(target), root / target
-            if place in found or place.startswith("api/") or not source.is_file():
+            place, source = place_of(target), ROOT / target
+            if place in found or place.startswith("api/") or _in_docs(target):
                 continue
-            if not target.startswith("docs/"):
+            if (source / "README.md").is_file():
+                source /= "README.md"
+            if source.exists():
                 found[place] = source
-                if target.endswith(".md"):
-                    waiting.append((place, source.read_text(encoding="utf-8")))
+                if source.suffix == ".md":
+                    waiting.append((place, shown(source)))
     return found
 
 
@@ -61,12 +64,17 @@ def place_of(target: str) -> str:
     ('api/core/losses.md', 'faq.md')
     >>> place_of("studies/exact.yaml"), place_of("report/report.pdf")
     ('repository/studies/exact.yaml.md', 'repository/report/report.pdf')
+    >>> place_of("recipes"), place_of("benchmarks")
+    ('repository/recipes/index.md', 'repository/benchmarks/README.md')
     """
     path = PurePosixPath(target)
     if target.startswith("src/dpo") and path.suffix in (".py", ""):
         return api_page(module_name(path))
     if _in_docs(target):
         return str(path.relative_to("docs"))
+    if (ROOT / target).is_dir():
+        readme = (ROOT / target / "README.md").is_file()
+        return f"repository/{target}/{'README' if readme else 'index'}.md"
     return f"repository/{target}" + (".md" if path.suffix in LANGUAGES else "")
 
 
@@ -88,7 +96,10 @@ def api_page(module: str) -> str:
 
 
 def shown(source: Path) -> str:
-    """A Markdown file as it is, another text as a page that shows it, cut where it is too long."""
+    """A Markdown file as it is; a folder or another text as a page, cut where it is too long."""
+    if source.is_dir():
+        names = sorted(p.name + "/" * p.is_dir() for p in source.iterdir() if p.name[0] not in "._")
+        return f"# {source.name}\n\n" + "\n".join(f"- `{name}`" for name in names) + "\n"
     text = source.read_text(encoding="utf-8")
     if source.suffix == ".md":
         return text

@@ -6,5 +6,5 @@ window.MathJax = {
     processEscapes: true,
     tags: "none",
   },
-  options: { ignoreHtmlClass: ".*", processHtmlClass: "arithmatex" },
+  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex" },
 };

@@ -7,7 +7,8 @@ import json
 import pytest
 import yaml
 
-from dpo.config import PreferenceConfig, SFTConfig, read_config
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import read_config
 from dpo.models import load
 from dpo.train import session
 from dpo.train.dry_run import dry_run

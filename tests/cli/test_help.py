@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from dpo.cli import PANELS, app
 from dpo.cli.completion import schemas
-from dpo.config import read_config
+from dpo.config_files import read_config
 from dpo.experiment.study_config import StudyConfig
 from dpo.train.recipe import InitConfig
 from train.small_runs import dpo

@@ -7,7 +7,8 @@ import json
 import pytest
 import yaml
 
-from dpo.config import PreferenceConfig, SFTConfig, read_config
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import read_config
 from dpo.data.guess import guess_columns
 from dpo.loss_config import LOSS_CONFIGS
 from dpo.train.recipe import SCHEMAS, WIDTH

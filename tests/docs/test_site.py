@@ -49,7 +49,8 @@ def test_every_key_has_a_meaning():
 def test_the_reference_has_the_keys_and_defaults_of_the_configuration():
     from configuration import page
 
-    from dpo.config import SFTConfig, known_keys, read_config
+    from dpo.config import SFTConfig
+    from dpo.config_files import known_keys, read_config
 
     shown = dict(
         re.findall(r"^\| `([\w.]+)` \| [^|]+ \| `?([^|`]+)`? \|", page("sft"), re.MULTILINE)
@@ -84,10 +85,11 @@ def test_a_new_page_is_in_the_navigation_though_nobody_names_it():
 
     text = re.sub(r"!!python\S*", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     nav = yaml.safe_load(text)["nav"]
-    new = ["brand-new.md", "losses/new.md", "losses/README.md", "somewhere/else.md"]
+    new = ["brand-new.md", "losses/new.md", "losses/README.md", "somewhere/else.md", "api/new/x.md"]
     sections = {title: entries for part in expanded(nav, new) for title, entries in part.items()}
     assert sections["How to"][-2:] == ["brand-new.md", "somewhere/else.md"]
     assert sections["Losses"] == ["losses/README.md", "losses/new.md"]
+    assert {"API": ["api/index.md", {"new": ["api/new/x.md"]}]} in sections["Reference"]
 
 
 def test_links_to_code_lead_to_its_reference_and_other_files_are_shown():
@@ -101,6 +103,7 @@ def test_links_to_code_lead_to_its_reference_and_other_files_are_shown():
         "[`wilson_interval`](api/core/stats.md#dpo.core.stats.wilson_interval), "
         "[it](repository/studies/exact.yaml.md), [b](losses/dpo.md)"
     )
+    assert rewritten("[r](../recipes/)", "evaluation.md") == "[r](repository/recipes/index.md)"
     fenced = "```text\n[it](../studies/exact.yaml)\n```\n"
     assert rewritten(fenced, "evaluation.md") == fenced
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo.config import validate
+from dpo.config_files import validate
 from dpo.errors import InputError
 from dpo.evaluate import jobs
 from dpo.evaluate.jobs import evaluate, generate_with, held_out_rows

@@ -119,7 +119,9 @@ def test_paired_tests_are_shown_with_their_interval_and_unknown_differences_are_
 
 
 def test_every_setting_has_a_meaning_or_is_plain_from_its_name():
-    from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, known_keys
+    from dpo.config import PreferenceConfig, SFTConfig
+    from dpo.config_files import known_keys
+    from dpo.evaluation_config import EvaluateConfig
 
     for schema in (SFTConfig, PreferenceConfig, EvaluateConfig):
         rows = settings_of(schema)

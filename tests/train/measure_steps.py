@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from dpo.config import PreferenceConfig, SFTConfig, validate
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import validate
 from dpo.train import loop
 from dpo.train.jobs import train_preference, train_sft
 

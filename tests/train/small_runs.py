@@ -24,7 +24,9 @@ from unittest import mock
 from safetensors.numpy import load_file
 
 from dpo.cli import main
-from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, validate
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import validate
+from dpo.evaluation_config import EvaluateConfig
 from dpo.train.run import read_metrics
 
 FRESH = {"width": 16, "layers": 1, "heads": 2, "positions": 128, "vocab_size": 300}

@@ -7,7 +7,8 @@ from functools import cache
 
 import pytest
 
-from dpo.config import DataConfig, RewardConfig, validate
+from dpo.config import DataConfig, RewardConfig
+from dpo.config_files import validate
 from dpo.data import store, synthetic
 from dpo.data.sources import write_jsonl
 from dpo.errors import InputError

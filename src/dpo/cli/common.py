@@ -105,7 +105,7 @@ def _split_settings(settings: Sequence[str] | None) -> tuple[Path | None, list[s
 
 
 def read(schema: type[Any], settings: Sequence[str] | None) -> Any:
-    from dpo.config import read_config
+    from dpo.config_files import read_config
 
     file, overrides = _split_settings(settings)
     return read_config(schema, file, overrides)

@@ -19,7 +19,7 @@ FILES = ("data", "model", "reference", "reward", "path", "test", "out")
 
 def schemas() -> dict[str, type[BaseModel]]:
     """The configuration of each command that takes one, but of studies, whose are slow to load."""
-    from dpo import config, online_config, plan_config
+    from dpo import config, evaluation_config, online_config, plan_config
 
     return {
         "sft": config.SFTConfig,
@@ -27,7 +27,7 @@ def schemas() -> dict[str, type[BaseModel]]:
         "reward": config.RewardConfig,
         "online": online_config.OnlineConfig,
         "ppo": online_config.PPOConfig,
-        "evaluate": config.EvaluateConfig,
+        "evaluate": evaluation_config.EvaluateConfig,
         "plan": plan_config.PreferencePlanConfig,
     }
 
@@ -52,7 +52,7 @@ def complete_setting(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def _keys(schema: type[BaseModel] | None, start: str) -> Iterator[str]:
-    from dpo.config import known_keys
+    from dpo.config_files import known_keys
     from dpo.loss_config import OPTION_KEYS
 
     if schema is not None:
@@ -72,7 +72,7 @@ def _values(schema: type[BaseModel] | None, key: str, start: str) -> Iterator[st
 
 def _annotation(schema: type[BaseModel] | None, parts: list[str]) -> Any:
     """The type of a dotted key, None where there is no such key."""
-    from dpo.config import sections_of
+    from dpo.config_files import sections_of
 
     annotation = None
     for part in parts:

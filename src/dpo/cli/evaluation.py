@@ -39,7 +39,7 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJSON = False,
 ) -> None:
-    from dpo.config import EvaluateConfig
+    from dpo.evaluation_config import EvaluateConfig
 
     config = read(EvaluateConfig, settings)
     from dpo.evaluate.jobs import evaluate as run_evaluation

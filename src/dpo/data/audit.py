@@ -174,7 +174,7 @@ class _Tally:
 
 
 def _append(measured: dict[str, array[int]], part: str, length: int) -> None:
-    measured.setdefault(part, array("q")).append(length)
+    measured.setdefault(part, array("i")).append(length)
 
 
 def _judgement(row: Row) -> object:
@@ -221,7 +221,7 @@ def _num_characters(prompt: Prompt) -> int:
 
 def _lengths(unit: str, measured: Mapping[str, array[int]]) -> Iterator[Lengths]:
     for part, values in measured.items():
-        ordered = np.sort(np.frombuffer(values, np.int64))
+        ordered = np.sort(np.frombuffer(values, np.int32))
         ranks = [max(1, -(-percent * len(ordered) // 100)) for percent in PERCENTILES]
         at_percentiles = tuple(int(ordered[rank - 1]) for rank in ranks)
         yield Lengths(part, unit, len(ordered), at_percentiles)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from dpo.atomic import clean_up, lock_folder, storage_errors
-from dpo.config import EvaluateConfig, ModelConfig
+from dpo.config import ModelConfig
 from dpo.data.prompts import PromptTemplate, load_template
 from dpo.data.rows import PreferenceRow
 from dpo.data.split import contains, prompt_digest
@@ -29,6 +29,7 @@ from dpo.evaluate.sbert import SentenceScorer, load_sentence_model
 from dpo.evaluate.tables import write_results
 from dpo.evaluate.true_reward import RewardRow, true_reward_table, write_true_rewards
 from dpo.evaluate.winrate import WinRateRow, null_responses, score_generations, win_rate_table
+from dpo.evaluation_config import EvaluateConfig
 from dpo.models.load import check_vocabulary, find_model, load_tokenizer, max_positions
 from dpo.models.vllm_backend import VllmModel, check_servable, check_temperature, need_vllm
 from dpo.progress import counting

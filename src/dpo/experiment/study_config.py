@@ -10,25 +10,16 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dpo.config import (
-    DataConfig,
-    EvaluateConfig,
-    ModelConfig,
-    PreferenceConfig,
-    RewardConfig,
-    RunConfig,
-    SFTConfig,
-    nested,
-    shorthand,
-    validate,
-)
+from dpo.config import DataConfig, ModelConfig, PreferenceConfig, RewardConfig, RunConfig, SFTConfig
+from dpo.config_files import nested, validate
 from dpo.errors import InputError
 from dpo.evaluate.jobs import check_backend
+from dpo.evaluation_config import EvaluateConfig
 from dpo.experiment.methods import METHOD_KINDS, REWARD_MODEL, Dotted, dotted, refuse_own
 from dpo.online_config import PPOConfig
 from dpo.report.exact_study import BEST_OF_RM, DPO
 from dpo.report.study_results import SFT
-from dpo.sections import Count, Folder, Section, Seed
+from dpo.sections import Count, Folder, Section, Seed, shorthand
 
 BASE = "base"
 OWN_SETTINGS = ("model", "data", "out", "seed")

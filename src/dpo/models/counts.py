@@ -250,4 +250,4 @@ def _kept_on_cpu(model: nn.Module, batches: Sequence[Batch], *, precision: str) 
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -13,16 +13,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field
 
 from dpo.atomic import write_text
-from dpo.config import (
-    DataConfig,
-    ModelConfig,
-    PreferenceConfig,
-    RewardConfig,
-    RunConfig,
-    SFTConfig,
-    shorthand,
-    validate,
-)
+from dpo.config import DataConfig, ModelConfig, PreferenceConfig, RewardConfig, RunConfig, SFTConfig
+from dpo.config_files import validate
 from dpo.data import synthetic
 from dpo.data.audit import responses_of
 from dpo.data.files import existing, printable
@@ -32,7 +24,7 @@ from dpo.data.rows import Row
 from dpo.data.shapes import Kind
 from dpo.data.sources import LoadedRows, load_records, load_rows
 from dpo.errors import InputError
-from dpo.sections import Section
+from dpo.sections import Section, shorthand
 
 Command = Literal["sft", "train", "reward"]
 

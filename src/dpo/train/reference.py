@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from dpo.models.load import weights_digest
 from dpo.models.scoring import response_logps
 from dpo.train import ranks
 from dpo.train.sharding import is_sharded
+
+Integers = NDArray[np.int32] | NDArray[np.int64]
 
 SCORING_VERSION = 2
 """Counts changes of the scoring code that change its values; a part of every cache key."""
@@ -137,20 +138,41 @@ def score_all(
     return values
 
 
-def longest_prompt_first(sequences: Sequence[TokenSequence]) -> NDArray[np.int64]:
+def longest_prompt_first(sequences: Sequence[TokenSequence]) -> Integers:
     """Long sequences first, so that memory runs out at once if it does; a prompt's stay together,
     so that they share it. Numbers of the sequences; 8 bytes of each prompt's digest tell prompts
     apart.
     """
-    prompts, lengths = array("Q"), array("q")
-    for sequence in sequences:
-        prompts.append(_prompt_digest(sequence))
-        lengths.append(len(sequence))
-    digests = np.frombuffer(prompts, np.uint64)
-    _, first, group = np.unique(digests, return_index=True, return_inverse=True)
-    longest = np.zeros(len(first), np.int64)
-    np.maximum.at(longest, group, np.frombuffer(lengths, np.int64))
-    return np.lexsort((np.arange(len(group)), first[group], -longest[group]))
+    num_sequences = len(sequences)
+    index = np.int32 if num_sequences < 2**31 else np.int64  # half the memory
+    prompts, lengths = np.empty(num_sequences, np.uint64), np.empty(num_sequences, np.int32)
+    for i, sequence in enumerate(sequences):
+        prompts[i], lengths[i] = _prompt_digest(sequence), len(sequence)
+    members = np.argsort(prompts, kind="stable").astype(index)  # prompt by prompt, in their order
+    prompts.sort()
+    begins = np.ones(num_sequences, bool)
+    begins[1:] = prompts[1:] != prompts[:-1]
+    del prompts
+    starts = np.flatnonzero(begins).astype(index)
+    longest = np.maximum.reduceat(lengths[members], starts)
+    del lengths, begins
+    groups = np.lexsort((members[starts], -longest)).astype(index)
+    sizes = np.diff(starts, append=index(num_sequences))
+    order: Integers = members[_ranges(starts[groups], sizes[groups])]
+    return order
+
+
+def _ranges(starts: Integers, sizes: Integers) -> Integers:
+    """Ranges of numbers one after the other, none of them empty.
+
+    >>> _ranges(np.array([7, 0]), np.array([2, 3])).tolist()
+    [7, 8, 0, 1, 2]
+    """
+    steps = np.ones(sizes.sum(), starts.dtype)
+    steps[:1] = starts[:1]
+    steps[np.cumsum(sizes)[:-1]] = starts[1:] - starts[:-1] - sizes[:-1] + 1
+    np.cumsum(steps, out=steps)
+    return steps
 
 
 def _prompt_digest(sequence: TokenSequence) -> int:
