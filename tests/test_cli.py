@@ -100,7 +100,7 @@ def test_config_lists_every_key(command, schema):
 def test_config_of_no_command_names_those_there_are():
     err = refused("config", "trian")
     assert err == (
-        "trian: expected one of sft, train, reward, online, ppo, evaluate, experiment; "
+        "trian: expected one of sft, train, reward, online, ppo, evaluate, plan, experiment; "
         "did you mean train?"
     )
 
