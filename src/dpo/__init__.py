@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpo.config import EvaluateConfig as EvaluateConfig
     from dpo.config import PreferenceConfig as PreferenceConfig
     from dpo.config import RewardConfig as RewardConfig
     from dpo.config import SFTConfig as SFTConfig
-    from dpo.config import read_config as read_config
+    from dpo.config_files import read_config as read_config
     from dpo.core.listwise import plackett_luce as plackett_luce_loss
     from dpo.core.losses import dpo as dpo_loss
     from dpo.evaluate.jobs import evaluate as evaluate_models
+    from dpo.evaluation_config import EvaluateConfig as EvaluateConfig
     from dpo.online_config import OnlineConfig as OnlineConfig
     from dpo.online_config import PPOConfig as PPOConfig
     from dpo.train.jobs import train_preference as train_preference
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    "EvaluateConfig": "dpo.config:EvaluateConfig",
+    "EvaluateConfig": "dpo.evaluation_config:EvaluateConfig",
     "OnlineConfig": "dpo.online_config:OnlineConfig",
     "PPOConfig": "dpo.online_config:PPOConfig",
     "PreferenceConfig": "dpo.config:PreferenceConfig",
@@ -38,7 +38,7 @@ _PLACES = {
     "dpo_loss": "dpo.core.losses:dpo",
     "evaluate_models": "dpo.evaluate.jobs:evaluate",
     "plackett_luce_loss": "dpo.core.listwise:plackett_luce",
-    "read_config": "dpo.config:read_config",
+    "read_config": "dpo.config_files:read_config",
     "train_online": "dpo.train.online:train_online",
     "train_ppo": "dpo.train.ppo:train_ppo",
     "train_preference": "dpo.train.jobs:train_preference",

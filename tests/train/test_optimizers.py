@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dpo.config import OptimizerConfig, PreferenceConfig, SFTConfig, validate
+from dpo.config import OptimizerConfig, PreferenceConfig, SFTConfig
+from dpo.config_files import validate
 from dpo.errors import DivergedError, InputError, Stopped
 from dpo.models.adapters import has_adapter, open_model
 from dpo.models.load import find_model

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo.config import HubConfig, SFTConfig, read_config, validate
+from dpo.config import HubConfig, SFTConfig
+from dpo.config_files import read_config, validate
 from dpo.errors import InputError
 from dpo.train import publish
 from dpo.train.jobs import train_sft

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo.config import DistributedConfig, RewardConfig, validate
+from dpo.config import DistributedConfig, RewardConfig
+from dpo.config_files import validate
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import InputError, RankLost, Stopped
 from dpo.models.load import find_model, load_model

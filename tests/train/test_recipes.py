@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import dpo
-from dpo.config import read_yaml, validate
+from dpo.config_files import read_yaml, validate
 from dpo.data import synthetic
 from dpo.models.fresh import fresh_gpt2
 from dpo.train.run import read_metrics

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from dpo.config import SFTConfig, validate
+from dpo.config import SFTConfig
+from dpo.config_files import validate
 from dpo.errors import InputError, Stopped
 from dpo.train import trackers
 from dpo.train.jobs import train_preference, train_sft

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 import math
 import resource
@@ -294,8 +295,8 @@ def check_one_pass(method: Method, config: RunConfig) -> None:
     if method.whole_batch:
         return
     assert isinstance(method, PlainMethod)
-    costs = sorted((method.num_tokens(row) for row in range(method.num_rows)), reverse=True)
-    most = sum(costs[: config.batch.size])
+    costs = (method.num_tokens(row) for row in range(method.num_rows))
+    most = sum(heapq.nlargest(config.batch.size, costs))
     if most > config.batch.max_tokens:
         raise InputError(
             f"optimizer.in_backward: {config.batch.size} rows can have {most} tokens, more than "

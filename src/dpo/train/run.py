@@ -34,6 +34,7 @@ from dpo.atomic import (
     write_json,
     write_text,
 )
+from dpo.data.split import Digests
 from dpo.errors import InputError
 from dpo.train import ranks
 from dpo.train.checkpoint import Origin
@@ -345,15 +346,22 @@ def _commit() -> str | None:
     return top.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
-def save_train_prompts(folder: Path, digests: Iterable[int]) -> None:
+def save_train_prompts(folder: Path, digests: Iterable[int] | Digests) -> None:
     """Remember which prompts a model was trained on, as 64-bit digests."""
-    values = np.array(sorted(set(digests)), dtype=np.uint64)
+    given = digests if isinstance(digests, np.ndarray) else np.fromiter(digests, np.uint64)
     with replace_file(folder / TRAIN_PROMPTS) as temporary:
-        save_file({"digests": values}, temporary)
+        save_file({"digests": np.unique(given)}, temporary)
 
 
 def load_train_prompts(folder: Path) -> set[int] | None:
-    """The digests of the prompts that a model was trained on, or None where it is not known.
+    """The digests of `train_prompts` as a set."""
+    digests = train_prompts(folder)
+    return None if digests is None else set(digests.tolist())
+
+
+def train_prompts(folder: Path) -> Digests | None:
+    """The digests of the prompts that a model was trained on, in order, or None where it is not
+    known: 8 bytes for each.
 
     Args:
         folder: a run directory, or its `model` or `best`.
@@ -367,7 +375,7 @@ def load_train_prompts(folder: Path) -> set[int] | None:
     if file is None:
         return None
     try:
-        return {int(value) for value in load_file(file)["digests"]}
+        return np.unique(load_file(file)["digests"])
     except (SafetensorError, KeyError) as error:
         raise InputError(
             f"{file}: expected the digests of training prompts; it is damaged."
