@@ -19,6 +19,7 @@ from dpo.experiment.losses import LossStudyConfig
 from dpo.experiment.sentiment_config import SentimentConfig
 from dpo.experiment.study import StudyConfig
 from dpo.online_config import OnlineConfig, PPOConfig
+from dpo.plan_config import PreferencePlanConfig
 from dpo.report.loss_pages import allowed
 from dpo.train.recipe import InitConfig
 
@@ -30,6 +31,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "ppo": PPOConfig,
     "evaluate": EvaluateConfig,
     "init": InitConfig,
+    "plan": PreferencePlanConfig,
     "experiment run": StudyConfig,
     "experiment losses": LossStudyConfig,
     "experiment exact": ExactStudyConfig,

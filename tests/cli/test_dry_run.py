@@ -170,3 +170,15 @@ def test_the_reference_is_passed_over_once_where_it_stays(tmp_path, no_weights):
     assert plan.reference_tokens == plan.train.tokens + plan.held_out.tokens
     words = ["loss.name=simpo", f"model={sft_run()}", SYNTHETIC, f"out={tmp_path / 'out'}"]
     assert dry_run(read_config(PreferenceConfig, overrides=words)).reference_tokens == 0
+
+
+def test_a_store_of_rows_is_not_written(tmp_path, no_weights):
+    file = tmp_path / "prefs.jsonl"
+    assert dpo("data", "synthetic", file, "--rows", 40).code == 0
+    words = ["train", f"model={sft_run()}", f"data={file}", f"out={tmp_path / 'out'}"]
+    stored = plan_of(*words, "data.store=arrow", f"data.cache={tmp_path / 'cache'}")
+    assert stored["config"]["data"]["store"] == "arrow"
+    assert not (tmp_path / "cache").exists()
+    plain = plan_of(*words)
+    for part in ("train", "held_out", "steps"):
+        assert stored[part] == plain[part]

@@ -67,7 +67,7 @@ def test_a_section_is_shown_with_the_defaults_that_it_has_where_it_stands():
 
     text = page("experiment exact")
     assert "| `reference.steps` | whole number, ≥ 1 | `300` |" in text
-    assert "| `reward_model.steps` | whole number, ≥ 1 | `1200` |" in text
+    assert "| `reward_model.steps` | whole number, ≥ 1 | `1000` |" in text
 
 
 def test_a_command_is_explained_as_its_help_explains_it():

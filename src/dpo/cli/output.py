@@ -49,6 +49,17 @@ def is_quiet() -> bool:
 
 
 @contextmanager
+def without_log() -> Iterator[None]:
+    """What is logged inside has been said before."""
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
 def on_screen(*, as_json: bool) -> Iterator[None]:
     """What is printed inside is for a person: with `--quiet` nobody reads it, and with `--json` it
     leaves standard output to the result.

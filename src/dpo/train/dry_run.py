@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo.config import PreferenceConfig, RewardConfig, RunConfig, SFTConfig, TrainingConfig
 from dpo.data.order import batch_rows, split_by_tokens, steps_per_epoch
@@ -33,6 +33,8 @@ from dpo.train.reward import KIND_OF, check_margins, texts_of
 from dpo.train.run import read_manifest
 from dpo.train.session import choose_held_out, distinct_prompts, encoder_for, tokenizer_for
 from dpo.train.sft import encode_demonstrations
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> DryRun:
     Raises:
         InputError: as training would, for data, tokenizer and template.
     """
+    config = in_memory(config)
     if isinstance(config, SFTConfig):
         return _sft(config, trust_remote_code)
     if isinstance(config, PreferenceConfig):
@@ -103,6 +106,12 @@ def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> DryRun:
         return _reward(config, trust_remote_code)
     assert isinstance(config, OnlineConfig | PPOConfig)
     return _on_samples(config, trust_remote_code)
+
+
+def in_memory(config: Config) -> Config:
+    """The same run without a store of rows, which would be written."""
+    data = config.data.model_copy(update={"store": "memory", "cache": None})
+    return config.model_copy(update={"data": data})
 
 
 # -- the commands --------------------------------------------------------------------------------
