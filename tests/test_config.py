@@ -6,17 +6,10 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from dpo.config import (
-    EvaluateConfig,
-    PreferenceConfig,
-    RewardConfig,
-    SFTConfig,
-    known_keys,
-    read_config,
-    read_yaml,
-    validate,
-)
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
+from dpo.config_files import known_keys, read_config, read_yaml, validate
 from dpo.errors import InputError
+from dpo.evaluation_config import EvaluateConfig
 
 SFT = ("model=gpt2", "out=runs/x")
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dpo.config import EvaluateConfig, PreferenceConfig, RewardConfig, SFTConfig, read_config
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
+from dpo.config_files import read_config
+from dpo.evaluation_config import EvaluateConfig
 from dpo.experiment import frontier_config, losses, sentiment_config
 from dpo.experiment.exact_config import ExactStudyConfig
 from dpo.experiment.frontier_config import FrontierConfig

@@ -74,9 +74,13 @@ def summary(command: Any) -> str:
 def plain_markup(text: str) -> str:
     """Rich's markup as Markdown.
 
-    >>> plain_markup("[bold]Example:[/bold] [cyan]dpo train[/cyan]")
-    '**Example:** `dpo train`'
+    >>> plain_markup("[bold]Examples[/bold] [cyan]dpo train[/cyan]")
+    '**Examples** `dpo train`'
+    >>> plain_markup("  [cyan]dpo losses[/cyan]\\n      All of them.")
+    '- `dpo losses`: All of them.'
     """
+    text = re.sub(r"^  (\[cyan\].*\[/cyan\])\n {6}", r"- \1: ", text, flags=re.MULTILINE)
+    text = text.replace(r"\[", "[")
     text = re.sub(r"\[/?bold\]", "**", text)
     text = re.sub(r"\[/?(cyan|green|yellow|magenta)\]", "`", text)
     return re.sub(r"\[/?dim\]", "", text)

@@ -10,14 +10,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dpo.config import EvaluateConfig, PreferenceConfig, RewardConfig, SFTConfig, sections_of
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
+from dpo.config_files import sections_of
+from dpo.evaluation_config import EvaluateConfig
 from dpo.experiment.exact_config import ExactStudyConfig
 from dpo.experiment.frontier_config import FrontierConfig
 from dpo.experiment.losses import LossStudyConfig
 from dpo.experiment.sentiment_config import SentimentConfig
 from dpo.experiment.study import StudyConfig
 from dpo.online_config import OnlineConfig, PPOConfig
+from dpo.plan_config import PreferencePlanConfig
 from dpo.report.loss_pages import allowed
+from dpo.train.recipe import InitConfig
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "sft": SFTConfig,
@@ -26,6 +30,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "online": OnlineConfig,
     "ppo": PPOConfig,
     "evaluate": EvaluateConfig,
+    "init": InitConfig,
+    "plan": PreferencePlanConfig,
     "experiment run": StudyConfig,
     "experiment losses": LossStudyConfig,
     "experiment exact": ExactStudyConfig,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo.config import PreferenceConfig, known_keys, read_config
+from dpo.config import PreferenceConfig
+from dpo.config_files import known_keys, read_config
 from dpo.loss_config import LOSS_CONFIGS, OPTION_KEYS
 
 trl = pytest.importorskip("trl", reason="needs TRL, to compare with (pip install trl)")

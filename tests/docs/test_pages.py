@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo.config import EvaluateConfig, PreferenceConfig, RewardConfig, SFTConfig, known_keys
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
+from dpo.config_files import known_keys
+from dpo.evaluation_config import EvaluateConfig
 from dpo.loss_config import LOSS_CONFIGS, OPTION_KEYS
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.report.page import verdict

@@ -49,7 +49,8 @@ def test_every_key_has_a_meaning():
 def test_the_reference_has_the_keys_and_defaults_of_the_configuration():
     from configuration import page
 
-    from dpo.config import SFTConfig, known_keys, read_config
+    from dpo.config import SFTConfig
+    from dpo.config_files import known_keys, read_config
 
     shown = dict(
         re.findall(r"^\| `([\w.]+)` \| [^|]+ \| `?([^|`]+)`? \|", page("sft"), re.MULTILINE)
@@ -66,14 +67,14 @@ def test_a_section_is_shown_with_the_defaults_that_it_has_where_it_stands():
 
     text = page("experiment exact")
     assert "| `reference.steps` | whole number, ≥ 1 | `300` |" in text
-    assert "| `reward_model.steps` | whole number, ≥ 1 | `1200` |" in text
+    assert "| `reward_model.steps` | whole number, ≥ 1 | `1000` |" in text
 
 
 def test_a_command_is_explained_as_its_help_explains_it():
     from commands import pages
 
     text = pages()["commands/train.md"]
-    assert "Example: `dpo train model=runs/sft data=prefs.jsonl" in text
+    assert "**Examples**\n\n- `dpo train model=runs/sft data=prefs.jsonl" in text
     assert "`--trust-remote-code`" in text
     assert "../configuration/train.md" in text
     assert not re.search(r"\[/?(bold|cyan)\]", "".join(pages().values()))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.config import read_config
+from dpo.config_files import read_config
 from dpo.core.stats import clustered_wilson_interval
 from dpo.data.files import page_text
 from dpo.errors import InputError

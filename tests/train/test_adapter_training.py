@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from dpo.config import PreferenceConfig, RewardConfig, SFTConfig, read_config, validate
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
+from dpo.config_files import read_config, validate
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import InputError, Stopped
 from dpo.models.adapters import AdapterSettings, PolicyAtStart, has_adapter, open_model

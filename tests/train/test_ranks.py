@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo.config import DistributedConfig, RewardConfig, validate
+from dpo.config import DistributedConfig, RewardConfig
+from dpo.config_files import validate
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import InputError, RankLost, Stopped
 from dpo.models.load import find_model, load_model
@@ -104,6 +105,15 @@ def test_two_ranks_train_what_one_process_does(method, kind):
         assert shards == files
     else:
         assert all("checkpoints" in f.parts for f in shards ^ files)
+
+
+def test_two_sharded_ranks_train_with_rmsprop_what_one_process_does(tmp_path):
+    changes = {"max_steps": 6, "optimizer.name": "rmsprop", "optimizer.learning_rate": 1e-3}
+    sft_run()
+    train(config_of("dpo", "ddp", tmp_path / "one", changes))
+    config = config_of("dpo", "fsdp", tmp_path / "two", changes)
+    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    check_equal(tmp_path / "two", tmp_path / "one")
 
 
 def signal_at(step, number):

@@ -35,6 +35,16 @@ class Tree:
     def num_tokens(self) -> int:
         return self.stem + sum(self.branches)
 
+    @property
+    def attended(self) -> int:
+        """Pairs of a token and a token that it sees, itself included.
+
+        >>> Tree(2, (2, 0)).attended  # 1 + 2, then 3 + 4; the other branch is empty
+        10
+        """
+        whole = sum(_triangle(self.stem + branch) for branch in self.branches)
+        return whole - (len(self.branches) - 1) * _triangle(self.stem)
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -56,6 +66,18 @@ class Batch:
     targets: Integers
     sequence: Integers
     """(M,) the sequence that scored token m belongs to, counted from 0 in this batch."""
+
+    @property
+    def attended(self) -> int:
+        """Pairs of a position and one that it sees, itself included, padding too."""
+        rows, columns = self.ids.shape
+        if self.trees is None:
+            return int(rows * _triangle(columns))
+        return sum(tree.attended for tree in self.trees)
+
+
+def _triangle(length: int) -> int:
+    return length * (length + 1) // 2
 
 
 def pad(sequences: Sequence[TokenSequence]) -> Batch:

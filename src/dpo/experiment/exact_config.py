@@ -24,7 +24,7 @@ class PPOSettings(Section):
     (arXiv:1909.08593); future rewards are not discounted.
     """
 
-    rounds: Count = Field(40, description="How often responses are drawn.")
+    rounds: Count = Field(30, description="How often responses are drawn.")
     rollouts: Count = Field(512, description="Responses drawn in a round.")
     epochs: Count = Field(2, description="Passes over the rollouts of a round.")
     minibatch_size: Count = Field(128, description="Responses of an optimizer step.")
@@ -65,16 +65,16 @@ class ExactStudyConfig(Section):
     reference: FitSettings = FitSettings(steps=300, batch_size=128, learning_rate=1e-3)
     pairs: Count = Field(20_000, description="Labelled pairs of the reference's responses.")
     offline: FitSettings = Field(
-        FitSettings(steps=500, batch_size=128, learning_rate=1e-3), description="On pairs."
+        FitSettings(steps=400, batch_size=128, learning_rate=1e-3), description="On pairs."
     )
-    reward_model: FitSettings = FitSettings(steps=1_200, batch_size=128, learning_rate=1e-3)
+    reward_model: FitSettings = FitSettings(steps=1_000, batch_size=128, learning_rate=1e-3)
     ppo: PPOSettings = PPOSettings()
     online: OnlineSettings = OnlineSettings()
-    betas: list[Positive] = Field([1.0, 0.5, 0.3, 0.1], min_length=1, description="DPO's.")
+    betas: list[Positive] = Field([1.0, 0.3, 0.1], min_length=1, description="DPO's.")
     on_policy_betas: list[Positive] = Field(
         [1.0, 0.3, 0.1], min_length=1, description="Of PPO and online DPO."
     )
-    ipo_betas: list[Positive] = Field([0.17, 0.08, 0.05], description="IPO's tau.")
+    ipo_betas: list[Positive] = Field([0.17, 0.05], description="IPO's tau.")
     unlikelihood_alphas: list[Positive] = Field([0.3, 1.0], description="Its weight.")
     best_of: list[Count] = Field([2, 4, 16, 64, 256], description="Responses to choose from.")
     beta: Positive = Field(1.0, description="Where one effect is studied; one of both lists.")

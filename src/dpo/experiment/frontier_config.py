@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from dpo.config import PreferenceConfig, RewardConfig, RunConfig, nested, validate
+from dpo.config import PreferenceConfig, RewardConfig, RunConfig
+from dpo.config_files import nested, validate
 from dpo.data.order import steps_per_epoch
 from dpo.data.synthetic import KINDS, all_facts
 from dpo.errors import InputError
@@ -66,7 +67,7 @@ class FrontierConfig(Section):
     """Which methods at which strengths, on how much data, for how long."""
 
     out: str = Field(description="The study's folder.")
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="Each has runs of its own.")
+    seeds: list[Seed] = Field([0, 1, 2, 3], min_length=1, description="Each has runs of its own.")
     processes: Count = Field(2, description="Runs at the same time, each with one thread.")
     quick: bool = Field(False, description="A small form of it in less than three minutes.")
     sft_steps: Count = Field(700, description="Optimizer steps of SFT.")

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from dpo.atomic import jsonable, write_json
-from dpo.config import PreferenceConfig, nested, validate
+from dpo.config import PreferenceConfig
+from dpo.config_files import nested, validate
 from dpo.data.sources import write_jsonl
 from dpo.data.synthetic import World
 from dpo.errors import DivergedError, InputError

@@ -7,16 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dpo.config import (
-    ModelConfig,
-    PreferenceConfig,
-    RewardConfig,
-    SFTConfig,
-    Sources,
-    nested,
-    shorthand,
-    validate,
-)
+from dpo.config import ModelConfig, PreferenceConfig, RewardConfig, SFTConfig, Sources
+from dpo.config_files import nested, validate
 from dpo.errors import InputError
 from dpo.experiment.frontier_config import (
     ALL,
@@ -36,7 +28,7 @@ from dpo.experiment.methods import (
     refuse_own,
 )
 from dpo.online_config import OnlineConfig, PPOConfig
-from dpo.sections import Count, Folder, Positive, Section, Seed
+from dpo.sections import Count, Folder, Positive, Section, Seed, shorthand
 
 DATA = "data"
 CLASSIFIER = "classifier"

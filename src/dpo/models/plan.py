@@ -55,6 +55,13 @@ def share_plan(model: nn.Module, other: nn.Module) -> None:
     _plans[model] = scoring_plan(other)
 
 
+def assume_plan(model: nn.Module) -> ScoringPlan:
+    """Score a model as its configuration tells, without the trial: it has no weights to try."""
+    if model not in _plans:
+        _plans[model] = ScoringPlan(_configured_otherwise(model) is None, HeadForm())
+    return _plans[model]
+
+
 def in_bfloat16(model: nn.Module) -> nn.Module:
     """The model with its parameters in bfloat16, in place.
 
@@ -109,15 +116,9 @@ def why_not_packed(
     Args:
         outputs: what is compared: one row for each target of the batch, in their order.
     """
-    config: Any = model.config
-    if not getattr(model, "_supports_attention_backend", False):
-        return "it takes no registered attention function"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if kinds:
-        return f"it has layers of the kind {', '.join(sorted(kinds))}"
+    reason = _configured_otherwise(model)
+    if reason is not None:
+        return reason
     sequences = trial_sequences(model)
     try:
         packed = outputs(model, pack(sequences))
@@ -128,6 +129,18 @@ def why_not_packed(
     if not difference <= TOLERANCE:
         return f"packed and padded outputs differ by {difference:.1e} of their spread"
     return None
+
+
+def _configured_otherwise(model: nn.Module) -> str | None:
+    """What the model's configuration says against packing, or None."""
+    config: Any = model.config
+    if not getattr(model, "_supports_attention_backend", False):
+        return "it takes no registered attention function"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    return f"it has layers of the kind {', '.join(sorted(kinds))}" if kinds else None
 
 
 def trial_sequences(model: nn.Module) -> list[TokenSequence]:

@@ -40,8 +40,8 @@ class PreferenceMethod(PlainMethod):
     again at every step.
     """
 
-    train: list[Any]
-    test: list[Any]
+    train: Sequence[Any]
+    test: Sequence[Any]
     train_reference: Tensor | None
     test_reference: Tensor | None
     loss_config: LossConfig
@@ -169,7 +169,11 @@ class PreferenceMethod(PlainMethod):
         )
 
     def _tensors(
-        self, policy: nn.Module, all_rows: list[Any], rows: Sequence[int], reference: Tensor | None
+        self,
+        policy: nn.Module,
+        all_rows: Sequence[Any],
+        rows: Sequence[int],
+        reference: Tensor | None,
     ) -> dict[str, Tensor]:
         """Everything that the loss takes of some rows, by name, but for KTO's reference point."""
         members = [all_rows[row] for row in rows]
@@ -207,7 +211,7 @@ class PreferenceMethod(PlainMethod):
 
     def _along(self, policy: nn.Module, sequences: Sequence[Any]) -> dict[str, Tensor]:
         """What the loss wants of single tokens and distributions."""
-        wanted = {_without_side(name) for name in self.objective.wants} & ALONG
+        wanted = {without_side(name) for name in self.objective.wants} & ALONG
         if not wanted:
             return {}
         return along_responses(policy, self.reference, sequences, wanted, precision=self.precision)
@@ -259,7 +263,7 @@ def move_reference(reference: nn.Module, policy: nn.Module, *, mix: float) -> No
         own.lerp_(other, mix)
 
 
-def _without_side(name: str) -> str:
+def without_side(name: str) -> str:
     """`policy_chosen_token_logps` as `policy_token_logps`; `chosen_forward_kl` as `forward_kl`."""
     for side in ("chosen_", "rejected_"):
         name = name.replace(side, "", 1)

@@ -1,0 +1,112 @@
+"""Bytes and operations of a step, derived by hand."""
+
+import pytest
+
+from dpo.core import cost
+from dpo.core.cost import ModelSize, PassSize, StepCounts, StepSettings
+
+MODEL = ModelSize(
+    parameters=100,
+    trained=100,
+    layers=2,
+    layer_parameters=30,
+    layer_trained=30,
+    layer_products=24,
+    attention_width=4,
+    width=4,
+    vocab=10,
+    tied=True,
+    head_trained=True,
+    largest=40,
+)
+PASS = PassSize(
+    tokens=5,
+    predicted=3,
+    layer_kept=1000,
+    layer_copies=0,
+    outside_kept=50,
+    layer_largest=200,
+)
+
+
+def settings(**changes):
+    start = {
+        "precision": "fp32",
+        "checkpointing": False,
+        "in_backward": False,
+        "passes": 1,
+        "max_logit_bytes": 10**9,
+    }
+    return StepSettings(**start | changes)
+
+
+def test_a_trained_parameter_takes_16_bytes_in_all_but_8_bit_optimizers():
+    for precision in ("fp32", "bf16", "pure_bf16"):
+        per = cost.stored(precision=precision)
+        assert per.weight + per.gradient + per.state == 16
+    eight = cost.stored(precision="fp32", optimizer="paged_adamw_8bit")
+    assert eight.weight + eight.gradient + eight.state == pytest.approx(10, abs=0.05)
+
+
+def test_the_fullest_moment_is_where_all_activations_meet_the_first_gradients():
+    peak = cost.step_peak(MODEL, PASS, settings())
+    assert peak.moment == "last layer"
+    assert peak.optimizer == 8 * 100
+    assert (
+        peak.gradients == 4 * (10 * 4) + 4 * 30
+    )  # the head's, which is the embedding's; a layer's
+    assert peak.activations == 50 + 2 * 1000 + 2 * 200
+    assert peak.total == 800 + 280 + 2450
+
+
+def test_a_second_pass_finds_the_gradients_of_the_first():
+    one, two = (cost.step_peak(MODEL, PASS, settings(passes=n)) for n in (1, 2))
+    assert two.gradients - one.gradients == 4 * 100
+
+
+def test_recomputation_keeps_a_layers_input_and_one_layer():
+    peak = cost.step_peak(MODEL, PASS, settings(checkpointing=True))
+    inputs = 5 * 4 * 4
+    assert peak.activations in (50 + 2 * inputs + 1400, 50 + inputs + 1400)
+
+
+def test_with_updates_in_the_backward_pass_there_is_never_more_than_the_largest_gradient():
+    peak = cost.step_peak(MODEL, PASS, settings(in_backward=True))
+    assert peak.gradients <= 4 * (40 + 40)
+
+
+def test_large_logits_make_the_head_the_fullest_moment_and_parts_bound_them():
+    size = PassSize(5, 10**6, 10, 0, 0, 10)
+    whole = cost.step_peak(MODEL, size, settings())
+    parts = cost.step_peak(MODEL, size, settings(max_logit_bytes=2 * 10**7))
+    assert whole.moment == parts.moment == "head"
+    assert whole.head - parts.head == 4 * 10 * 10**6 - 2 * 10**7
+
+
+def test_an_adapter_keeps_float32_state_beside_bfloat16_weights():
+    adapter = settings(precision="pure_bf16", adapter=True)
+    assert adapter.per_trained == cost.stored(precision="fp32")
+
+
+def test_operations_are_those_of_three_products_and_of_recomputation():
+    counts = StepCounts(tokens=5, attended=15, predicted=3)
+    forward = 2 * 2 * 24 * 5 + 2 * 2 * 2 * 4 * 15
+    plain = cost.operations(MODEL, counts, checkpointing=False, head_in_parts=False)
+    again = cost.operations(MODEL, counts, checkpointing=True, head_in_parts=True)
+    assert (plain.trunk, plain.head) == (3 * forward, 3 * 2 * 40 * 3)
+    assert (again.trunk, again.head) == (4 * forward, 4 * 2 * 40 * 3)
+
+
+def test_time_is_products_at_their_speed_and_the_update_at_the_memorys():
+    work = cost.Operations(trunk=4e12, head=1e12)
+    found = cost.seconds(
+        work,
+        trunk_tflops=2,
+        head_tflops=1,
+        utilisation=0.5,
+        update_bytes=28e9,
+        gb_per_second=7,
+    )
+    assert found == (2 + 1) / 0.5 + 4
+    per = cost.stored(precision="fp32")
+    assert cost.update_bytes(MODEL, per) == 28 * 100
