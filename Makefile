@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test docs lint types package report report-experiments bench chaos clean help
+.PHONY: demo test docs lint types package notebook report report-experiments bench chaos clean help
 
 help:            ## This list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*##/\t/'
@@ -34,6 +34,9 @@ types: $(STAMP)  ## Types, strictly
 
 package: $(STAMP) ## Wheel and source distribution: build, look inside, install where nothing is
 	$(BIN)/python -m pytest -m slow tests/test_packaging.py
+
+notebook: $(STAMP) ## Run the notebook, and look whether it shows what it says
+	$(BIN)/python -m pytest -m slow tests/test_notebooks.py
 
 report: $(STAMP) ## Check every statement of the theory, then build report/report.pdf
 	$(BIN)/dpo theory --json report/results/theory.json

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / ".ci" / "run"
 CHECKS = [
-    *("make lint", "make types", "make test", "make docs", "make package"),
+    *("make lint", "make types", "make test", "make docs", "make package", "make notebook"),
     "make demo DEMO=--short OUT=there/demo",
 ]
 

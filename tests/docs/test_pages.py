@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+import typer.main
 
+from dpo.cli import app
 from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
 from dpo.config_files import known_keys
 from dpo.evaluation_config import EvaluateConfig
 from dpo.loss_config import LOSS_CONFIGS, OPTION_KEYS
 from dpo.online_config import OnlineConfig, PPOConfig
+from dpo.report.page import verdict
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [DOCS / name for name in ("index.md", "method.md", "faq.md")]
@@ -55,18 +59,21 @@ def test_losses_that_a_page_names_exist(page):
 
 @each_page
 def test_commands_that_a_page_names_exist(page):
-    from dpo.cli import app, data_app, experiment_app
-
-    def names(of):
-        return {c.name or c.callback.__name__ for c in of.registered_commands}
-
-    groups = {"data": names(data_app), "experiment": names(experiment_app)}
+    known = typer.main.get_command(app).commands
     for text in code(page):
         for word, inner in re.findall(r"^dpo ([a-z]+)(?: ([a-z]+)\b)?", text, re.MULTILINE):
-            if word in groups:
-                assert not inner or inner in groups[word], text
-            else:
-                assert word in names(app), text
+            assert word in known, text
+            assert not inner or inner in getattr(known[word], "commands", [inner]), text
+
+
+def test_verdicts_that_a_tutorial_explains_are_those_of_the_page():
+    source = inspect.getsource(verdict)
+    sentences = re.sub(r'"\s*\n\s*f?"', "", source)
+    page = (DOCS / "tutorials" / "report-page.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| (?:\.\.\. )?\*([^*]+)\*", page, flags=re.MULTILINE)
+    assert len(quoted) == 4
+    for text in quoted:
+        assert re.split(r" \d", text)[0] in sentences, text
 
 
 def test_betas_that_the_faq_compares_are_the_defaults():

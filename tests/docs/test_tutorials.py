@@ -128,6 +128,15 @@ def test_a_tutorial_runs_as_it_stands(page, monkeypatch):
     followed(page)
 
 
+def test_the_sections_that_a_tutorial_reads_are_those_of_the_page(monkeypatch):
+    test_a_tutorial_runs_as_it_stands("report-page", monkeypatch)
+    page = (workplace() / "runs" / "dpo" / "index.html").read_text(encoding="utf-8")
+    read = re.findall(r"^## (.*)$", (TUTORIALS / "report-page.md").read_text(), re.MULTILINE)
+    sections = [title for title in read if "side by side" not in title and "page of" not in title]
+    assert len(sections) == 6
+    assert set(sections) - {"Verdict"} <= set(re.findall(r"<h2>([^<]+)", page))
+
+
 def test_every_tutorial_is_run_or_is_the_list_of_them():
     assert {file.stem for file in TUTORIALS.glob("*.md")} == {*NEEDS, "index"}
 

@@ -1,10 +1,11 @@
-"""Train a few steps and say how much memory they took, beside what was there before; a program of
+"""Train three steps and say how much memory they took, beside what was there before; a program of
 its own, so that nothing else has left its traces in the heap.
 
-    python measure_steps.py FOLDER METHOD CONFIG
+    python measure_steps.py METHOD CONFIG
 
-Prints JSON: `held`, resident bytes before the first step; `taken`, the most that the steps added;
-`seconds` of the last steps.
+Prints JSON, in bytes: `resident`, the most that the first two steps added to the process;
+`tensors`, the most that tensors held in the third, beside what the first two left, by torch's own
+account; `seconds` of the second.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import json
 import re
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
 
 from dpo.config import PreferenceConfig, SFTConfig
 from dpo.config_files import validate
@@ -35,20 +39,29 @@ class Watched:
 
     def __init__(self) -> None:
         self.step = loop.training_step
-        self.held = 0
-        self.peak = 0
+        self.before = self.peak = self.tensors = 0
         self.seconds: list[float] = []
 
     def __call__(self, *args, **options):
-        if not self.held:
+        if len(self.seconds) == 2:
+            return self.profiled(*args, **options)
+        if not self.seconds:
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
-            self.held = kibibytes("VmRSS")
+            self.before = kibibytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
         started = time.perf_counter()
         found = self.step(*args, **options)
         self.seconds.append(time.perf_counter() - started)
         self.peak = max(self.peak, kibibytes("VmHWM"))
+        return found
+
+    def profiled(self, *args, **options):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            found = self.step(*args, **options)
+        events = profiled.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        self.tensors = max(accumulate(change for _, change in changes))
         return found
 
 
@@ -60,9 +73,12 @@ def main() -> None:
         train_sft(validate(SFTConfig, values))
     else:
         train_preference(validate(PreferenceConfig, values))
-    taken = (watched.peak - watched.held) << 10
-    seconds = min(watched.seconds[1:])
-    print(json.dumps({"held": watched.held << 10, "taken": taken, "seconds": seconds}))
+    found = {
+        "resident": (watched.peak - watched.before) << 10,
+        "tensors": watched.tensors,
+        "seconds": watched.seconds[1],
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -24,15 +24,24 @@ from transformers import (
 from dpo.config import PreferenceConfig, SFTConfig
 from dpo.config_files import validate
 from dpo.core.machines import Machine
+from dpo.data.order import steps_per_epoch
 from dpo.errors import InputError
 from dpo.models.fresh import train_tokenizer
 from dpo.train.estimate import Estimate, describe_run, estimate, read_data
 from dpo.train.run import read_manifest
 from train.several_ranks import train
-from train.small_runs import dpo_config, merged, metrics_of, scratch, sft_config
+from train.small_runs import (
+    FRESH,
+    dpo_config,
+    merged,
+    metrics_of,
+    scratch,
+    sft_config,
+    sft_run,
+)
 
 PROGRAM = Path(__file__).with_name("measure_steps.py")
-HEAP = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}
+HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 """What makes glibc give memory back as soon as it is free (docs/memory.md)."""
 NOWHERE = Machine("nowhere", 16, 0.1, 0.1, 10, 0.7, gpu=False)
 
@@ -87,7 +96,7 @@ def model(name: str) -> Path:
 
 
 COMMON = {
-    "max_steps": 2,
+    "max_steps": 3,
     "save_every": 100,
     "batch": {"size": 8, "max_tokens": 4096},
     "evaluation": {"every": 100, "max_rows": 2, "num_samples": 0},
@@ -149,42 +158,42 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_memory_that_steps_take_is_within_15_percent_of_the_estimate(case, tmp_path):
     name, method, changes = CASES[case]
-    expected = estimated(name, method, changes)
+    peak = estimated(name, method, changes).peak
     found = measured(name, method, tmp_path / "run", changes)
-    share = found["taken"] / expected.peak.total
-    print(
-        f"{case}: {found['taken'] / 2**20:.0f} MiB, {share:.2f} of the estimate ({expected.peak})"
-    )
-    assert 1 / 1.15 < share < 1.15
+    shares = {
+        "tensors": found["tensors"] / (peak.total - peak.optimizer),
+        "resident": found["resident"] / peak.total,
+    }
+    print(f"{case}: {shares}, fullest: {peak.moment}")
+    assert 1 / 1.15 < shares["tensors"] < 1.15
+    if changes.get("precision") is None:  # oneDNN holds memory of its own for bfloat16 products
+        assert 1 / 1.15 < shares["resident"] < 1.15
 
 
-def test_the_steps_that_are_counted_are_the_steps_that_are_made(tmp_path):
-    changes = {"max_steps": 9, "batch.max_tokens": 120}
-    config = sft_config(tmp_path / "run", changes)
-    found = estimate(config, read_data(config), NOWHERE)
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_the_steps_that_are_counted_are_the_steps_that_are_made(method, tmp_path):
+    own = {"data.path": str(rows()), "out": str(tmp_path), "max_steps": 6, "batch.max_tokens": 700}
+    own |= {"model": {"fresh": FRESH}} if method == "sft" else {"model": str(sft_run())}
+    own |= {} if method == "sft" else {"adapter": "lora", "evaluation.kl_prompts": 0}
+    config = validate(SFTConfig if method == "sft" else PreferenceConfig, merged(COMMON, own))
+    data = read_data(config)
+    found = estimate(config, data, NOWHERE)
+    assert steps_per_epoch(data.num_rows, 8) == 6
     train(config)
-    steps = [row for row in metrics_of(tmp_path / "run") if "loss" in row]
-    assert len(steps) == 9  # an epoch
-    assert found.workload.mean.tokens == sum(row["num_tokens"] for row in steps) / 9
+    steps = [row for row in metrics_of(tmp_path) if "loss" in row]
+    assert found.workload.mean.tokens == sum(row["num_tokens"] for row in steps) / 6
     assert found.workload.most_passes == max(row["num_passes"] for row in steps) > 1
-    manifest = read_manifest(tmp_path / "run")
+    manifest = read_manifest(tmp_path)
     assert found.model.parameters == manifest["parameters"]
-
-
-def test_pairs_and_adapters_are_counted_as_they_are_trained(tmp_path):
-    config = dpo_config(tmp_path / "run", {"max_steps": 9, "adapter": "lora"})
-    found = estimate(config, read_data(config), NOWHERE)
-    train(config)
-    steps = [row for row in metrics_of(tmp_path / "run") if "loss" in row]
-    assert found.workload.mean.tokens == sum(row["num_tokens"] for row in steps) / 9
-    manifest = read_manifest(tmp_path / "run")
     assert found.model.trained == manifest["trained_parameters"]
-    assert found.reference == 0  # the policy's own model
-    own = dpo_config(tmp_path / "own")
-    assert (
-        estimate(own, read_data(own), NOWHERE).reference
-        == 4 * manifest["parameters"] - 4 * (manifest["trained_parameters"])
-    )
+
+
+def test_a_reference_is_another_model_unless_an_adapter_can_be_switched_off():
+    own, adapted = (dpo_config(Path("nowhere"), c) for c in ({}, {"adapter": "lora"}))
+    data = read_data(own)
+    found = estimate(own, data, NOWHERE)
+    assert found.reference == found.weights == 4 * found.model.parameters
+    assert estimate(adapted, data, NOWHERE).reference == 0
 
 
 def test_processes_share_a_step_and_with_fsdp_the_state():
@@ -201,7 +210,7 @@ def test_processes_share_a_step_and_with_fsdp_the_state():
 
 def test_a_run_is_described_in_sentences():
     lines = describe_run(sft_config(Path("nowhere")))
-    assert any(line.startswith("72 training rows; 6 steps of 8 rows") for line in lines)
+    assert any(line.startswith("75 training rows; 6 steps of 8 rows") for line in lines)
     assert any("parameters." in line for line in lines)
     assert any(line.startswith("Memory at most") for line in lines)
     assert any("seconds a step" in line for line in lines)

@@ -27,7 +27,12 @@ VERSION = 1
 """Counts changes of what a store holds; a part of every name."""
 
 BATCH = 1024
-"""Rows that are written at once, and read between two times that pages are given back."""
+"""Rows that are written at once."""
+
+GIVE_BACK = 128
+"""Rows that are read between two times that pages are given back: the kernel maps some 64 KiB about
+each place that is read.
+"""
 
 FACTS = "facts.json"
 
@@ -133,7 +138,7 @@ class Mapped(View[T]):
     """The rows of an Arrow file, each made from its mapped columns when it is asked for.
 
     Mapped pages count as the process's resident memory until the kernel wants them back. They are
-    given back after every `BATCH` rows, so that what is resident stays flat; they remain in the
+    given back after every `GIVE_BACK` rows, so that what is resident stays flat; they remain in the
     page cache of the system, from where the next reading has them.
     """
 
@@ -165,7 +170,7 @@ class Mapped(View[T]):
         batch, number = divmod(place, BATCH)
         row = self._row(self._columns(batch), number)
         self._num_read += 1
-        if self._num_read % BATCH == 0:
+        if self._num_read % GIVE_BACK == 0:
             self._give_back()
         return row
 

@@ -123,11 +123,20 @@ def _typed(model: nn.Module, pure_bf16: bool) -> nn.Module:
 def add_adapter(
     model: nn.Module, settings: AdapterSettings, *, source: ModelSource, seed: int
 ) -> nn.Module:
-    """Freeze the model and put a new adapter on its linear layers, in place.
+    """Freeze the model and put a new adapter on its linear layers, in place, and say so.
 
     Raises:
         InputError: a target is no linear layer between embedding and head.
     """
+    put_adapter(model, settings, source=source, seed=seed)
+    _tell(model)
+    return model
+
+
+def put_adapter(
+    model: nn.Module, settings: AdapterSettings, *, source: ModelSource, seed: int
+) -> nn.Module:
+    """The same without a word."""
     peft = _peft()
     layers = linear_layers(model)
     targets = sorted(layers) if settings.target_modules is None else [*settings.target_modules]
@@ -154,7 +163,6 @@ def add_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _inject(model, config)
-    _tell(model)
     return model.eval()
 
 

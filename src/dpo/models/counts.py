@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from dpo.core.cost import ModelSize, PassSize
 from dpo.data.pack import Batch
 from dpo.errors import InputError
-from dpo.models.adapters import AdapterSettings, add_adapter
+from dpo.models.adapters import AdapterSettings, put_adapter
 from dpo.models.forward import head_inputs
 from dpo.models.load import (
     ADAPTER_CONFIG,
@@ -61,7 +61,7 @@ class Architecture:
             if self.pure_bf16:
                 in_bfloat16(model)
             if self.adapter is not None:
-                add_adapter(model, self.adapter, source=self.source, seed=0)
+                put_adapter(model, self.adapter, source=self.source, seed=0)
         return model
 
 

@@ -127,13 +127,13 @@ def _get(config: Any, key: str) -> Any:
 
 
 def table_of(trials: list[Trial], room: float) -> list[list[str]]:
-    """A line for each, head first."""
-    lines = [["settings", "memory", "of which in a step", "seconds a step", "fits"]]
+    """A line for each, head first: memory at most, what of it a step takes, seconds of a step."""
+    lines = [["settings", "memory", "by a step", "seconds", "fits"]]
     for trial in trials:
         found = trial.found
         lines.append(
             [
-                trial.words or "as given",
+                trial.words.replace(" ", "\n") or "as given",  # a line each: none is cut
                 in_words(found.device_bytes),
                 in_words(found.peak.total),
                 f"{found.seconds:.3g}",

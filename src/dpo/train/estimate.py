@@ -45,11 +45,13 @@ MOST_ROWS = 4096
 """Training rows that are looked at (a seeded choice)."""
 
 PROCESS_BYTES = {False: 0.5 * GIB, True: 0.7 * GIB}
-"""Python with its libraries in main memory, as measured; a CUDA context on a GPU, as assumed."""
+"""Python with its libraries (0.4 GiB once imported, as measured) and what kernels keep; on a GPU a
+CUDA context, as assumed.
+"""
 
 CPU_UTILISATION, GPU_UTILISATION = 0.7, 0.55
-"""Share of the measured speed of large matrix products that a step reaches: on a CPU as measured in
-benchmarks/README.md; on a GPU an assumption, nothing was measured there.
+"""Share of the measured speed of large matrix products that a step reaches: on a CPU in float32 as
+benchmarks/README.md has it (67 to 71%; in bfloat16 38%); on a GPU an assumption.
 """
 
 
@@ -352,6 +354,7 @@ def describe(config: Trained, data: RunData, found: Estimate) -> list[str]:
     model, work = found.model, found.workload
     trained = "" if model.trained == model.parameters else f", of which {model.trained:,} trained"
     layout = "packed" if found.packed else "on padded rows"
+    passes = "one pass" if work.most_passes == 1 else f"up to {work.most_passes} passes"
     steps = total_steps(config, data.num_rows)
     at_peak = {
         "weights": found.weights,
@@ -367,7 +370,7 @@ def describe(config: Trained, data: RunData, found: Estimate) -> list[str]:
     parts = ", ".join(f"{name} {in_words(size)}" for name, size in at_peak.items() if size)
     return [
         f"{data.num_rows:,} training rows; {steps:,} steps of {config.batch.size} rows, "
-        f"{work.mean.tokens:,.0f} tokens a step, {layout}, in up to {work.most_passes} passes.",
+        f"{work.mean.tokens:,.0f} tokens a step, {layout}, in {passes}.",
         f"{model.parameters:,} parameters{trained}.",
         f"Memory at most {in_words(found.device_bytes)} ({parts}); fullest: {found.peak.moment}.",
         f"About {found.seconds:.3g} seconds a step, {found.seconds * steps / 3600:.3g} hours of "
