@@ -64,8 +64,8 @@ def place_of(target: str) -> str:
     ('api/core/losses.md', 'faq.md')
     >>> place_of("studies/exact.yaml"), place_of("report/report.pdf")
     ('repository/studies/exact.yaml.md', 'repository/report/report.pdf')
-    >>> place_of("recipes"), place_of("benchmarks")
-    ('repository/recipes/index.md', 'repository/benchmarks/README.md')
+    >>> place_of("studies"), place_of("benchmarks")
+    ('repository/studies/index.md', 'repository/benchmarks/README.md')
     """
     path = PurePosixPath(target)
     if target.startswith("src/dpo") and path.suffix in (".py", ""):

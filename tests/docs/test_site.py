@@ -103,7 +103,7 @@ def test_links_to_code_lead_to_its_reference_and_other_files_are_shown():
         "[`wilson_interval`](api/core/stats.md#dpo.core.stats.wilson_interval), "
         "[it](repository/studies/exact.yaml.md), [b](losses/dpo.md)"
     )
-    assert rewritten("[r](../recipes/)", "evaluation.md") == "[r](repository/recipes/index.md)"
+    assert rewritten("[r](../studies/)", "evaluation.md") == "[r](repository/studies/index.md)"
     fenced = "```text\n[it](../studies/exact.yaml)\n```\n"
     assert rewritten(fenced, "evaluation.md") == fenced
 
