@@ -79,8 +79,10 @@ def watched() -> Iterator[dict[str, int]]:
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.05):
+        while True:
             found["own_bytes"] = max(found["own_bytes"], own_bytes())
+            if done.wait(0.05):
+                return
 
     watcher = threading.Thread(target=watch)
     watcher.start()
