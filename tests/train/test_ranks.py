@@ -340,9 +340,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_kind(tmp_path):
 
 def test_recomputation_and_bf16_work_in_parts(tmp_path):
     changes = {"max_steps": 3, "gradient_checkpointing": True, "precision": "bf16"}
-    for name, kind, ranks in (("one", "ddp", 1), ("two", "fsdp", 2)):
+    for name, kind, size in (("one", "ddp", 1), ("two", "fsdp", 2)):
         config = config_of("dpo", kind, tmp_path / name, changes)
-        assert on_ranks(ranks, lambda rank, config=config: train(config)) == [0] * ranks
+        assert on_ranks(size, lambda rank, config=config: train(config)) == [0] * size
     one, two = numbers_of(tmp_path / "one"), numbers_of(tmp_path / "two")
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)
@@ -353,9 +353,9 @@ def test_recomputation_and_bf16_work_in_parts(tmp_path):
 )
 def test_adapters_and_bfloat16_weights_train_as_in_one_process(changes, tmp_path):
     changes = changes | {"max_steps": 4}
-    for name, ranks in (("one", 1), ("two", 2)):  # in children: products in bfloat16 leave threads
+    for name, size in (("one", 1), ("two", 2)):  # in children: products in bfloat16 leave threads
         config = config_of("dpo", "ddp", tmp_path / name, changes)
-        assert on_ranks(ranks, lambda rank, config=config: train(config)) == [0] * ranks
+        assert on_ranks(size, lambda rank, config=config: train(config)) == [0] * size
     one, two = numbers_of(tmp_path / "one"), numbers_of(tmp_path / "two")
     # Weights of eight bits round a step's update to a share of 2^-9, in another place on each CPU.
     close = {"rel": 5e-2, "abs": 1e-3} if "precision" in changes else {"rel": 1e-5, "abs": 1e-5}
