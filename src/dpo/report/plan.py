@@ -93,7 +93,8 @@ def machine_of(asked: MachineConfig) -> Machine:
     if asked.gpu is not None:
         return replace(GPUS[asked.gpu], **given)
     if given.keys() >= set(names):
-        return Machine(**{"name": "the machine given", "utilisation": UTILISATION} | given)
+        given.setdefault("utilisation", UTILISATION)
+        return Machine(name="the machine given", **given)
     return replace(this_machine(), **given)
 
 
