@@ -6,14 +6,14 @@ BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types report report-experiments bench chaos clean help
+.PHONY: demo test docs lint types package notebook report report-experiments bench chaos clean help
 
 help:            ## This list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*##/\t/'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[adapters,offline,ray,report,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[adapters,docs,offline,ray,report,dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)   ## Base, SFT and DPO on the embedded data, evaluated: table and figures in runs/demo
@@ -22,12 +22,21 @@ demo: $(STAMP)   ## Base, SFT and DPO on the embedded data, evaluated: table and
 test: $(STAMP)   ## All tests but the slow ones
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
+docs: $(STAMP)   ## The documentation site in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: $(STAMP)   ## Style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(STAMP)  ## Types, strictly
 	$(BIN)/mypy
+
+package: $(STAMP) ## Wheel and source distribution: build, look inside, install where nothing is
+	$(BIN)/python -m pytest -m slow tests/test_packaging.py
+
+notebook: $(STAMP) ## Run the notebook, and look whether it shows what it says
+	$(BIN)/python -m pytest -m slow tests/test_notebooks.py
 
 report: $(STAMP) ## Check every statement of the theory, then build report/report.pdf
 	$(BIN)/dpo theory --json report/results/theory.json

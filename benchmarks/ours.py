@@ -10,7 +10,8 @@ from stepwise import Pause
 from torch import nn
 from workload import Workload
 
-from dpo.config import PreferenceConfig, SFTConfig, validate
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import validate
 from dpo.train.encoded import sequences_of
 from dpo.train.loop import training_step
 from dpo.train.preference import PreferenceMethod

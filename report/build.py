@@ -18,7 +18,8 @@ from typing import Any
 
 import typst
 
-from dpo.config import Section, read_config
+from dpo.config import Section
+from dpo.config_files import read_config
 from dpo.errors import DPOError, InputError
 from dpo.experiment.exact_config import ExactStudyConfig
 from dpo.experiment.frontier_config import FrontierConfig

@@ -147,6 +147,7 @@ def main() -> int:
         parser.error(f"{', '.join(unknown)}: expected names of {', '.join(STUDIES)}")
     root = arguments.out / "quick" if arguments.quick else arguments.out
     data = None if arguments.data is None else arguments.data.resolve()
+    started = time.monotonic()
     for name in arguments.names or STUDIES:
         study = STUDIES[name]
         if study.data is not None and data is None:
@@ -160,6 +161,7 @@ def main() -> int:
         if not arguments.quick:
             record(name, study, root / name)
             print(f"{name}: recorded in studies/results/{name}")
+    print(f"In all: {(time.monotonic() - started) / 60:.1f} minutes")
     return 0
 
 

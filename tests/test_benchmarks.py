@@ -169,3 +169,23 @@ def test_a_loop_that_fails_fails_its_step(module):
     with pytest.raises(RuntimeError, match="ended before this step") as caught:
         contestant.step()
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_pairs_in_a_store_are_measured_on_the_same_work_as_pairs_in_memory(module, tmp_path):
+    benchmark = module("data_memory")
+    source = tmp_path / "shards"
+    source.mkdir()
+    benchmark.write_shards(source, 300)
+    results = [
+        {"num_pairs": 300, "store": kept} | benchmark.measure(source, kept, tmp_path / "cache")
+        for kept in ("memory", "arrow")
+    ]
+    assert len({(r["num_training_pairs"], r["num_tokens"]) for r in results}) == 1
+    assert 250 < results[0]["num_training_pairs"] < 300
+    for result in results:
+        assert result["peak"]["own_bytes"] >= result["before"]["own_bytes"] > 2**20
+    shown = benchmark.table(results).splitlines()
+    assert [line.split(" | ")[:2] for line in shown[2:]] == [
+        ["| 300", "memory"],
+        ["| 300", "arrow"],
+    ]

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / ".ci" / "run"
-CHECKS = ["make lint", "make types", "make test", "make demo DEMO=--short OUT=there/demo"]
+CHECKS = [
+    *("make lint", "make types", "make test", "make docs", "make package", "make notebook"),
+    "make demo DEMO=--short OUT=there/demo",
+]
 
 
 @pytest.fixture

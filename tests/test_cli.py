@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
-from dpo.config import EvaluateConfig, PreferenceConfig, RewardConfig, SFTConfig, known_keys
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
+from dpo.config_files import known_keys
+from dpo.evaluation_config import EvaluateConfig
 from dpo.models import load
 from train.small_runs import CANARY, dpo, dpo_config, evaluate_config, sft_config, sft_run, words_of
 
@@ -19,6 +21,7 @@ COMMANDS = (
     ("report",),
     ("compare",),
     ("demo",),
+    ("init",),
     ("config",),
     ("losses",),
     ("theory",),
@@ -58,7 +61,7 @@ def test_help_of_every_command_works(words):
 )
 def test_help_of_a_configured_command_gives_an_example_and_the_way_to_all_keys(words):
     said = dpo(*words, "--help")
-    assert f"Example: dpo {' '.join(words)} " in said.out
+    assert f"Examples dpo {' '.join(words)} " in said.out
     assert "dpo config COMMAND" in said.out
 
 
@@ -96,7 +99,10 @@ def test_config_lists_every_key(command, schema):
 
 def test_config_of_no_command_names_those_there_are():
     err = refused("config", "trian")
-    assert err == "trian: expected one of sft, train, reward, online, ppo, evaluate, experiment."
+    assert err == (
+        "trian: expected one of sft, train, reward, online, ppo, evaluate, plan, experiment; "
+        "did you mean train?"
+    )
 
 
 # -- losses -------------------------------------------------------------------------------------

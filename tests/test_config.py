@@ -6,16 +6,10 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from dpo.config import (
-    EvaluateConfig,
-    PreferenceConfig,
-    SFTConfig,
-    known_keys,
-    read_config,
-    read_yaml,
-    validate,
-)
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
+from dpo.config_files import known_keys, read_config, read_yaml, validate
 from dpo.errors import InputError
+from dpo.evaluation_config import EvaluateConfig
 
 SFT = ("model=gpt2", "out=runs/x")
 
@@ -59,6 +53,15 @@ def test_small_numbers_are_read_right_however_they_are_written(text, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(f"optimizer:\n  learning_rate: {text}\n")
     assert train(file=file).optimizer.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("schema", "rate"), [(SFTConfig, 2e-5), (PreferenceConfig, 5e-6), (RewardConfig, 1e-5)]
+)
+def test_a_commands_own_learning_rate_stays_when_another_key_of_the_optimizer_is_set(schema, rate):
+    for words in ([], ["optimizer.schedule=cosine"]):
+        config = read_config(schema, None, ["model=gpt2", "out=runs/x", *words])
+        assert config.optimizer.learning_rate == rate
 
 
 WRONG = {

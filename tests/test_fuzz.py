@@ -18,18 +18,11 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo.config import (
-    DataConfig,
-    EvaluateConfig,
-    PreferenceConfig,
-    RewardConfig,
-    SFTConfig,
-    known_keys,
-    read_config,
-    validate,
-)
+from dpo.config import DataConfig, PreferenceConfig, RewardConfig, SFTConfig
+from dpo.config_files import known_keys, read_config, validate
 from dpo.data.sources import load_rows
 from dpo.errors import InputError
+from dpo.evaluation_config import EvaluateConfig
 from dpo.experiment.exact_config import ExactStudyConfig
 from dpo.experiment.frontier_config import FrontierConfig
 from dpo.experiment.losses import LossStudyConfig

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from dpo.config import PreferenceConfig, SFTConfig, validate
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import validate
 from dpo.train.jobs import train_preference, train_sft
 from dpo.train.run import read_metrics
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dpo.config import DPOLossConfig, MixLossConfig, PreferenceConfig, read_config, validate
+from dpo.config import DPOLossConfig, MixLossConfig, PreferenceConfig
+from dpo.config_files import read_config, validate
 from dpo.core import losses as core_losses
 from dpo.core.family import LOSSES, Loss, needs_reference, options, tensors
 from dpo.errors import InputError

@@ -1,40 +1,29 @@
-"""What a user can set: YAML and `key=value` in, one frozen, validated configuration out.
-
-Unknown keys, wrong types and values out of range are reported all at once, by their dotted paths.
-"""
+"""What a user can set of training: the sections, and the configuration of each command."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
-from urllib.parse import urlsplit
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
-    ValidationError,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
-from dpo.errors import InputError
-from dpo.loss_config import (
-    OPTION_KEYS,
-    describe_effectless,
-    describe_unknown_loss,
-    takes_reference,
-    with_name,
-    without_tags,
-)
 from dpo.loss_config import DPOLossConfig as DPOLossConfig  # "as": for others to import from here
 from dpo.loss_config import LossConfig as LossConfig
 from dpo.loss_config import MixLossConfig as MixLossConfig
-from dpo.sections import Count, Folder, NonNegative, Positive, Seed
+from dpo.loss_config import (
+    takes_reference,
+    with_name,
+)
+from dpo.sections import Count, Folder, NonNegative, Positive, Seed, shorthand
 from dpo.sections import Section as Section
 
 
@@ -54,14 +43,6 @@ def _sources(value: Any) -> Any:
 
 Every = Annotated[Literal["epoch"] | int, BeforeValidator(_every)]
 Sources = Annotated[str | list[str], BeforeValidator(_sources)]
-
-PLAIN_NAME = re.compile(r"[\w+-][\w.+ -]*")
-"""Names that become parts of file names; none can leave its folder."""
-
-
-def shorthand(value: Any) -> Any:
-    """`model=gpt2` means `model.path=gpt2`; a list of files means `data.path` too."""
-    return {"path": value} if isinstance(value, str | list) else value
 
 
 class FreshModelConfig(Section):
@@ -96,7 +77,7 @@ class SyntheticConfig(Section):
 
     num_facts: Count = Field(80, le=80, description="Facts; each is asked in four phrasings.")
     num_rows: Count = Field(2000, description="Demonstrations or preference pairs to draw.")
-    seed: Seed = 0
+    seed: Seed = Field(0, description="Decides which are drawn.")
 
 
 class DataConfig(Section):
@@ -104,7 +85,8 @@ class DataConfig(Section):
 
     path: Sources = Field(
         "synthetic",
-        description="File, folder, list of them, hub id, or 'synthetic' (the embedded data).",
+        description="File, folder, pattern (shards/*.parquet), list of them, hub id, or "
+        "'synthetic' (the embedded data).",
     )
     test: str | None = Field(None, description="Held-out rows, if they are a source of their own.")
     split: str | None = Field(None, description="Split of a hub data set (default: train).")
@@ -119,6 +101,13 @@ class DataConfig(Section):
     max_dropped: float = Field(
         0.01, ge=0, le=1, description="Share of rows that may be dropped before the run stops."
     )
+    store: Literal["memory", "arrow"] = Field(
+        "memory",
+        description="arrow: pairs stay on disk, tokenised once and memory-mapped (docs/data.md).",
+    )
+    cache: Folder | None = Field(
+        None, description="Folder for what store=arrow keeps; none: $DPO_CACHE or the user's cache."
+    )
     synthetic: SyntheticConfig = SyntheticConfig()
 
     @model_validator(mode="after")
@@ -130,24 +119,38 @@ class DataConfig(Section):
             for name in ("test", "split", "revision", "columns"):
                 if getattr(self, name):
                     raise ValueError(f"data.{name} has no effect when data is 'synthetic'")
+            if self.store != "memory":
+                raise ValueError("data.store has no effect when data is 'synthetic'")
+        if self.cache is not None and self.store == "memory":
+            raise ValueError("data.cache has no effect unless data.store is arrow")
         if self.test is not None and given & {"test_fraction", "split_seed"}:
             raise ValueError("test_fraction and split_seed have no effect when data.test is given")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_default_store(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where rows are kept changes no result: what is recorded names it only if it was asked."""
+        values: dict[str, Any] = serialize(self)
+        if self.store == "memory":
+            values = {k: v for k, v in values.items() if k not in ("store", "cache")}
+        return values
+
 
 class OptimizerConfig(Section):
-    """AdamW and its learning rate over the run."""
+    """AdamW, or the DPO paper's RMSprop, and the learning rate over the run."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
-        "adamw", description="All but adamw need a GPU and bitsandbytes."
+    name: Literal["adamw", "rmsprop", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="All but adamw and rmsprop need a GPU and bitsandbytes."
     )
     learning_rate: Positive = Field(5e-6, description="Peak learning rate.")
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="How the rate falls to 0 after the warm-up; constant: it does not."
+    )
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled; matrices only.")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: Positive = 1e-8
+    beta1: float = Field(0.9, ge=0, lt=1, description="Of the mean gradient (AdamW).")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Of the mean square of the gradient.")
+    epsilon: Positive = Field(1e-8, description="Beside the root of the mean square.")
     max_grad_norm: Positive | None = Field(
         1.0, description="Gradients are clipped to this norm; null: they are not."
     )
@@ -165,6 +168,14 @@ class OptimizerConfig(Section):
             )
         if self.in_backward and self.name != "adamw":
             raise ValueError(f"in_backward: goes with name=adamw, not with {self.name}")
+        return self
+
+    @model_validator(mode="after")
+    def _rmsprop_has_no_momentum(self) -> OptimizerConfig:
+        if self.name == "rmsprop" and "beta1" in self.model_fields_set:
+            raise ValueError("beta1: has no effect, rmsprop averages squares only (beta2)")
+        if self.name == "rmsprop" and self.weight_decay > 0:
+            raise ValueError("weight_decay: is for AdamW; rmsprop would scale it with the gradient")
         return self
 
 
@@ -233,7 +244,7 @@ RewardSource = Annotated[RewardSourceConfig, BeforeValidator(_model_shorthand)]
 
 
 class PreferenceEvaluation(EvaluationDuringTraining):
-    """The same, and how far the policy has moved from the reference."""
+    """What is measured on held-out rows while training, and how far the policy has moved."""
 
     kl_prompts: int = Field(
         64,
@@ -279,8 +290,42 @@ class AdapterConfig(Section):
     )
 
 
+TrackerName = Literal["wandb", "mlflow", "trackio"]
+
+
+def _tracker_names(value: Any) -> Any:
+    """`report_to=wandb` means `report_to=[wandb]`."""
+    return [value] if isinstance(value, str) else value
+
+
+def _repo_shorthand(value: Any) -> Any:
+    """`push_to_hub=me/model` means `push_to_hub.repo=me/model`."""
+    if isinstance(value, str):
+        return {"repo": value}
+    if isinstance(value, Mapping) and "path" in value:  # with `push_to_hub.private=false` too
+        return {"repo": value["path"]} | {key: value[key] for key in value if key != "path"}
+    return value
+
+
+class HubConfig(Section):
+    """Where a finished run's model is uploaded."""
+
+    repo: str = Field(description="Repository of the hub, owner/name; made where there is none.")
+    private: bool = Field(True, description="Of a repository that is made: seen by its owner only.")
+
+    @field_validator("repo")
+    @classmethod
+    def _owner_and_name(cls, repo: str) -> str:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+            raise ValueError(f"expected owner/name (got {repo!r:.60})")
+        return repo
+
+
 class RunConfig(Section):
     """What every training command takes."""
+
+    PLACES: ClassVar[frozenset[str]] = frozenset(("out", "distributed", "report_to", "push_to_hub"))
+    """Keys that say where a run takes place and who hears of it, not what it computes."""
 
     model: Annotated[ModelConfig, BeforeValidator(shorthand)]
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
@@ -302,6 +347,32 @@ class RunConfig(Section):
     )
     evaluation: EvaluationDuringTraining = EvaluationDuringTraining()
     save_every: Every = Field("epoch", description="'epoch', or steps.")
+    report_to: Annotated[list[TrackerName], BeforeValidator(_tracker_names)] = Field(
+        default=[],
+        description="Who is told the metrics, beside TensorBoard: wandb, mlflow, trackio.",
+    )
+    push_to_hub: Annotated[HubConfig | None, BeforeValidator(_repo_shorthand)] = Field(
+        None, description="Upload the finished run's model to the hub; none: it stays here."
+    )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All settings that decide the result, as JSON."""
+        places: dict[str, Any] = dict.fromkeys(self.PLACES, True)
+        return self.model_dump(mode="json", exclude=places | {"data": {"store", "cache"}})
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers_that_are_here(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected different ones, got {', '.join(names)}")
+        for name in names:
+            if find_spec(name) is None:
+                raise ValueError(
+                    f"{name} is not installed; pip install "
+                    f"'direct-preference-optimization[{name}]', or leave it out"
+                )
+        return names
 
     @model_validator(mode="after")
     def _adapter_on_a_trained_model(self) -> RunConfig:
@@ -354,10 +425,16 @@ class TrainingConfig(RunConfig):
         return self
 
 
+class SFTOptimizerConfig(OptimizerConfig):
+    """AdamW and its learning rate over the run."""
+
+    learning_rate: Positive = Field(2e-5, description="Peak learning rate.")
+
+
 class SFTConfig(TrainingConfig):
     """Supervised fine-tuning: next-token loss on response tokens."""
 
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5)
+    optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
     response: Literal["chosen", "rejected"] = Field(
         "chosen", description="Which response of a preference pair to imitate."
     )
@@ -433,6 +510,12 @@ class PreferenceConfig(TrainingConfig):
         return takes_reference(self.loss) or asked
 
 
+class RewardOptimizerConfig(OptimizerConfig):
+    """AdamW and its learning rate over the run."""
+
+    learning_rate: Positive = Field(1e-5, description="Peak learning rate.")
+
+
 class RewardConfig(TrainingConfig):
     """A reward model: a linear head on a language model's trunk, from pairs or rankings."""
 
@@ -446,7 +529,7 @@ class RewardConfig(TrainingConfig):
     centre: NonNegative = Field(
         0.0, description="Coefficient of (r_w + r_l)^2: rewards around 0 (Eisenstein et al.: 0.01)."
     )
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    optimizer: RewardOptimizerConfig = RewardOptimizerConfig()
 
     @model_validator(mode="after")
     def _float32_weights(self) -> RewardConfig:
@@ -467,363 +550,3 @@ class RewardConfig(TrainingConfig):
         if "max_logit_mib" in self.batch.model_fields_set:
             raise ValueError("batch.max_logit_mib: has no effect, a reward is one number")
         return self
-
-
-class SentenceConfig(Section):
-    """The Sentence-BERT model that judges."""
-
-    path: str | None = Field(
-        None,
-        description="Any sentence-transformers model, by id or path; 'offline' is the packaged "
-        "all-MiniLM-L6-v2. Default: all-mpnet-base-v2 where a hub answers, else the packaged one.",
-    )
-
-
-JudgeName = Literal["sentence_bert", "true_reward", "reward", "endpoint"]
-Comparison = Literal["chosen", "models", "nulls", "labels"]
-
-
-def is_loopback(url: str) -> bool:
-    """Whether a URL is one of this machine's own, so that nothing sent there leaves it."""
-    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-
-
-class EndpointConfig(Section):
-    """An OpenAI-compatible chat endpoint that compares two responses."""
-
-    model: str = Field(description="What the server calls the model.")
-    base_url: str = Field(
-        "http://localhost:8000/v1",
-        description="Address up to /chat/completions, as a server on this machine has it.",
-    )
-    key_variable: str | None = Field(
-        None, description="Environment variable that holds the API key; without one none is sent."
-    )
-    template: str | None = Field(
-        None,
-        description="Another question than ours (docs/judges.md): a text with {prompt}, {first} "
-        "and {second}, that asks for [[A]], [[B]] or, for a tie, [[C]].",
-    )
-    max_tokens: Count = Field(512, description="Longest answer, in tokens.")
-    timeout_seconds: Positive = Field(120.0, description="Longest silence of the server.")
-    max_attempts: Count = Field(6, description="Tries of one question, the first included.")
-    parallel: Count = Field(4, description="Questions asked at the same time.")
-    input_price: NonNegative | None = Field(
-        None, description="Price of a million tokens of questions, in any currency."
-    )
-    output_price: NonNegative | None = Field(
-        None, description="Price of a million tokens of answers, in the same currency."
-    )
-
-    @field_validator("base_url")
-    @classmethod
-    def _plain_address(cls, url: str) -> str:
-        reason = "expected http(s)://host/path, without a name, password, ? or #"
-        try:
-            parts = urlsplit(url)
-            _ = parts.port  # raises where it is no number
-        except ValueError as error:
-            raise ValueError(reason) from error
-        plain = url.isascii() and url.isprintable() and not set(url) & set(" ?#@")
-        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
-            raise ValueError(reason)  # without the value, which may hold a password
-        return url
-
-    @field_validator("key_variable")
-    @classmethod
-    def _a_name(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            # without the value: it may be the key itself
-            raise ValueError("expected the name of an environment variable, never a key")
-        return name
-
-    @field_validator("template")
-    @classmethod
-    def _three_places(cls, template: str | None) -> str | None:
-        missing = [p for p in ("{prompt}", "{first}", "{second}") if p not in (template or p)]
-        if missing:
-            raise ValueError(f"expected a text with {' and '.join(missing)} in it")
-        return template
-
-    @model_validator(mode="after")
-    def _meaningful(self) -> EndpointConfig:
-        if (self.input_price is None) != (self.output_price is None):
-            raise ValueError("give both input_price and output_price, or neither")
-        plain = self.base_url.startswith("http:") and not is_loopback(self.base_url)
-        if self.key_variable is not None and plain:
-            raise ValueError("a key is sent over https only, or to this machine")
-        return self
-
-
-class EvaluateConfig(Section):
-    """Generate on held-out prompts and compare with the chosen and the rejected response."""
-
-    models: dict[str, str] = Field(description="Name: run directory, model folder or hub id.")
-    data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
-    out: Folder = Field(description="Where the tables, figures and generations go.")
-    temperatures: list[NonNegative] = Field([0.1, 0.25, 0.5, 0.75, 1.0], min_length=1)
-    max_prompts: int = Field(
-        500, ge=2, description="Held-out prompts used, at most (seeded choice)."
-    )
-    samples_per_prompt: Count = 1
-    max_new_tokens: Count = 256
-    batch_size: Count = Field(32, description="Prompts generated at once.")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: Seed = 0
-    sentence_model: Annotated[SentenceConfig, BeforeValidator(shorthand)] = SentenceConfig()
-    allow_overlap: bool = Field(
-        False, description="Evaluate even where a model was trained on some of the prompts."
-    )
-    judges: list[JudgeName] = Field(
-        ["sentence_bert"],
-        min_length=1,
-        description="Who compares responses head to head: sentence_bert, true_reward (data="
-        "synthetic), reward (the reward section), endpoint (the endpoint section).",
-    )
-    comparisons: list[Comparison] | None = Field(
-        None,
-        description="What they compare: chosen (models against the chosen response), models "
-        "(against each other), nulls (null responses against the chosen), labels (chosen against "
-        "rejected). Default: all, or none where sentence_bert is the only judge.",
-    )
-    reward: RewardSource | None = Field(None, description="What the judge 'reward' scores with.")
-    endpoint: EndpointConfig | None = Field(None, description="Whom the judge 'endpoint' asks.")
-
-    @model_validator(mode="after")
-    def _meaningful(self) -> EvaluateConfig:
-        if not self.models:
-            raise ValueError("models: name at least one, e.g. models.sft=runs/sft")
-        for name in self.models:
-            if not PLAIN_NAME.fullmatch(name):
-                raise ValueError(
-                    f"models: {name!r} names files, so it may hold letters, digits, '.', '_', '+', "
-                    "'-' and spaces only, and must not begin with '.'"
-                )
-        if len(set(self.temperatures)) < len(self.temperatures):
-            raise ValueError(f"temperatures: expected different ones, got {self.temperatures}")
-        effectless = self.data.model_fields_set & {"max_length", "max_dropped"}
-        if effectless:
-            raise ValueError(f"data.{min(effectless)} has no effect in an evaluation")
-        return self
-
-    @model_validator(mode="after")
-    def _judges_with_their_sections(self) -> EvaluateConfig:
-        for key in ("judges", "comparisons"):
-            given = getattr(self, key) or []
-            if len(set(given)) < len(given):
-                raise ValueError(f"{key}: expected different ones, got {', '.join(given)}")
-        for name in ("reward", "endpoint"):
-            section = getattr(self, name)
-            if name in self.judges and section is None:
-                raise ValueError(f"judges: {name} needs its section, e.g. {name}.model=...")
-            if name not in self.judges and section is not None:
-                raise ValueError(f"{name} has no effect unless judges holds {name}")
-        if "true_reward" in self.judges and self.data.path != "synthetic":
-            raise ValueError("judges: true_reward is known where data is 'synthetic' only")
-        if self.comparisons == [] and self.judges != ["sentence_bert"]:
-            raise ValueError("judges: has no effect without comparisons")
-        if self.compared == ["models"] and len(self.models) < 2:
-            raise ValueError("comparisons: models needs two models to compare")
-        return self
-
-    @property
-    def compared(self) -> list[Comparison]:
-        """The comparisons to make."""
-        if self.comparisons is not None:
-            return self.comparisons
-        return [] if self.judges == ["sentence_bert"] else list(get_args(Comparison))
-
-
-Config = TypeVar("Config", bound=BaseModel)
-
-
-def read_config(
-    schema: type[Config], file: Path | None = None, overrides: Sequence[str] = ()
-) -> Config:
-    """The configuration of a YAML file with `key=value` overrides on top.
-
-    Raises:
-        InputError: everything that is wrong with it, at once.
-    """
-    values = read_yaml(file) if file is not None else {}
-    for override in overrides:
-        _apply(values, override)
-    return validate(schema, values, where=str(file) if file is not None else "")
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, stricter: no key twice, no aliases, and what looks like a date is text.
-
-    A few lines of aliases can stand for gigabytes, or for a value that contains itself.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-            reason = f"the alias *{event.anchor} is not supported; write the value out"
-            raise yaml.composer.ComposerError(None, None, reason, event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in names:
-                reason = f"the key {key.value} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, reason, key.start_mark)
-            names.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _parse(text: str) -> Any:
-    """The value of a YAML text.
-
-    Raises:
-        YAMLError: there is none.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except RecursionError as error:
-        raise yaml.YAMLError("nested too deeply") from error
-    except (ValueError, LookupError, AttributeError) as error:  # "0x_", "!!bool 2", 5000 digits
-        raise yaml.YAMLError(f"a value cannot be read ({error})") from error
-
-
-def _reason(error: yaml.YAMLError) -> str:
-    """What is wrong with a YAML text, and where."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file as a mapping, by the safe loader.
-
-    Raises:
-        InputError: it cannot be read, is not YAML, or is not a mapping.
-    """
-    try:
-        values = _parse(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"There is no configuration file {file}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as a UTF-8 text file ({error}).") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: not valid YAML: {_reason(error)}.") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(f"{file}: expected keys and values (`model: gpt2`), got {values!r:.80}.")
-    return values
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one dotted key, e.g. `loss.beta=0.1`."""
-    key, separator, text = override.partition("=")
-    if not separator or not all(part.strip() for part in key.split(".")):
-        raise InputError(f"{override!r:.60}: expected key=value, e.g. loss.beta=0.1.")
-    try:
-        value = _parse(text) if text.strip() else text
-    except yaml.YAMLError:
-        value = text
-    _set(values, key.strip(), value)
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, making the sections on the way."""
-    *parents, last = key.split(".")
-    section = values
-    for parent in parents:
-        inner = shorthand(section.get(parent))
-        section[parent] = dict(inner) if isinstance(inner, Mapping) else {}
-        section = section[parent]
-    section[last] = value
-
-
-def nested(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the values with dotted keys set on top.
-
-    >>> nested({"loss": {"beta": 1, "name": "dpo"}}, {"loss.beta": 0.3})
-    {'loss': {'beta': 0.3, 'name': 'dpo'}}
-    """
-    found = dict(values)
-    for key, value in settings.items():
-        _set(found, key, value)
-    return found
-
-
-def validate(schema: type[Config], values: Mapping[str, Any], *, where: str = "") -> Config:
-    """The validated configuration, or every problem in one message.
-
-    Raises:
-        InputError: one line a problem, with the dotted key, what was expected and what came.
-    """
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        problems = [_describe(schema, problem) for problem in error.errors()]
-    head = f"{where}: " if where else ""
-    if len(problems) == 1:
-        raise InputError(f"{head}{problems[0]}")
-    lines = "\n".join(f"  {problem}" for problem in problems)
-    raise InputError(f"{head}{len(problems)} problems in the configuration:\n{lines}")
-
-
-def _describe(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
-    """One validation problem as a sentence."""
-    location = without_tags(problem["loc"])
-    key = ".".join(location)
-    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{key}.name: {describe_unknown_loss(problem['input'].get('name'))}"
-    if problem["type"] == "extra_forbidden":
-        effectless = describe_effectless(problem["loc"])
-        if effectless is not None:
-            return f"{key}: {effectless}"
-        known = known_keys(schema) + (OPTION_KEYS if "loss" in schema.model_fields else [])
-        close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-            location[-1], known, n=1
-        )
-        hint = f"; did you mean {close[0]}?" if close else ""
-        if key in known:
-            nested = ": {".join(location[0].split(".")) + ": ..." + "}" * location[0].count(".")
-            hint = f"; in a file, write {nested}"
-        return f"{key}: unknown key{hint}"
-    if problem["type"] == "missing":
-        return f"{key}: is required, e.g. {key}=..."
-    reason = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}: {reason}" if key else reason
-    reason = _PLAIN_REASONS.get(problem["type"], f"{reason[0].lower()}{reason[1:]}")
-    return f"{key}: {reason} (got {problem['input']!r:.60})"
-
-
-_PLAIN_REASONS = {
-    "string_type": "expected text, in quotes where it would be read as something else",
-    "list_type": "expected a list",
-    "dict_type": "expected keys and values",
-    "model_type": "expected keys and values",
-}
-"""In place of pydantic's words, which speak of Python's types."""
-
-
-def known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a configuration; of alternative sections, the keys of the first."""
-    keys: list[str] = []
-    for name, field in schema.model_fields.items():
-        keys.append(prefix + name)
-        for section in sections_of(field.annotation)[:1]:
-            keys += known_keys(section, f"{prefix}{name}.")
-    return keys
-
-
-def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The configuration sections inside a type annotation."""
-    if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [s for inner in getattr(annotation, "__args__", ()) for s in sections_of(inner)]

@@ -2,6 +2,10 @@
 returns for it.
 """
 
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
 
 class DPOError(Exception):
     """A failure that the user reads as one sentence, never as a traceback."""
@@ -47,3 +51,32 @@ class RankLost(DPOError):
     """
 
     exit_code = 6
+
+
+def did_you_mean(word: str, known: Iterable[object]) -> str:
+    """The end of a sentence about a word that is none of the known ones; empty where none is near.
+
+    >>> did_you_mean("linaer", ["linear", "cosine"])
+    '; did you mean linear?'
+    """
+    close = difflib.get_close_matches(word.lower(), [str(name) for name in known], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def did_you_mean_path(name: str) -> str:
+    """The same for a file or folder that is not there, among what its folder holds."""
+    path = Path(name)
+    try:
+        near = difflib.get_close_matches(path.name, [f.name for f in path.parent.iterdir()], n=1)
+    except (OSError, ValueError):  # no folder either, or a name that none can have
+        return ""
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""
+
+
+def reason_of(error: Exception) -> str:
+    """What another library's error says, on one line, for a sentence of ours.
+
+    >>> reason_of(ValueError("no such\n  project"))
+    'no such project'
+    """
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -15,10 +15,9 @@ from dpo.config import (
     RunConfig,
     check_float32_weights,
     check_frozen_reference,
-    shorthand,
 )
 from dpo.loss_config import DPOLossConfig, LossConfig, MixLossConfig, takes_reference, with_name
-from dpo.sections import Count, NonNegative, Positive, Section
+from dpo.sections import Count, NonNegative, Positive, Section, shorthand
 
 
 class SamplingConfig(Section):

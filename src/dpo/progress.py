@@ -1,7 +1,8 @@
-"""Progress on long work, on standard error, only where a person is watching."""
+"""Progress on long work, on standard error, only where a person is watching and wants it."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ def counting(what: str, total: int, *, done: int = 0, detail: str = "") -> Itera
     )
     console = Console(stderr=True)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
-    hidden = not (console.is_terminal and first)  # a log file is no place for a bar
+    quiet = logging.getLogger("dpo").level > logging.INFO
+    hidden = quiet or not (console.is_terminal and first)  # a log file is no place for a bar
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(what, total=total, completed=done, detail="")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -25,3 +25,8 @@ class Section(BaseModel):
     """A part of the configuration: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def shorthand(value: Any) -> Any:
+    """`model=gpt2` means `model.path=gpt2`; a list of files means `data.path` too."""
+    return {"path": value} if isinstance(value, str | list) else value

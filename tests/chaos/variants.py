@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo.config import RewardConfig, validate
+from dpo.config import RewardConfig
+from dpo.config_files import validate
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.train.jobs import train_preference, train_sft
 from dpo.train.online import train_online

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,24 @@ def test_counts_are_those_of_the_rows():
     assert found.num_duplicate_rows == 1
     assert found.num_identical_pairs == 2
     assert (found.num_empty_responses, found.num_responses) == (2, 8)
+
+
+def test_rows_are_equal_where_their_texts_scores_and_labels_are():
+    def num_duplicates(*rows):
+        return audit(rows).num_duplicate_rows
+
+    pair = PreferenceRow("p", "a", "b", scores=(1.0, 0.0))
+    assert num_duplicates(pair, replace(pair, scores=(1, -0.0), subset="s", source="here")) == 1
+    assert num_duplicates(pair, replace(pair, scores=None), replace(pair, scores=(1.0, 0.5))) == 0
+    assert num_duplicates(pair, RankedRow("p", ("a", "b"), (1.0, 0.0))) == 0
+    assert num_duplicates(UnpairedRow("p", "a", True), UnpairedRow("p", "a", False)) == 0
+    assert num_duplicates(UnpairedRow("p", "a", True), UnpairedRow("p", "a", True)) == 1
+    assert num_duplicates(DemonstrationRow("p", "a"), DemonstrationRow("p", "a", "there")) == 1
+
+
+def test_nothing_to_count_is_counted_as_nothing():
+    found = audit([], test_rows=[])
+    assert (found.num_rows, found.num_unique_prompts, found.num_overlapping_prompts) == (0, 0, 0)
 
 
 def test_what_was_not_asked_for_is_none_and_not_zero():

@@ -78,9 +78,10 @@ def test_a_prompt_that_spells_the_placeholder_is_left_alone() -> None:
 def test_anything_else_is_refused_with_what_there_is(asked: str) -> None:
     with pytest.raises(InputError) as error:
         resolve_template(asked)
+    end = "; did you mean alpaca?" if asked == "alpacca" else "."
     assert str(error.value) == (
         f"data.template: {asked!r} is neither one of plain, alpaca, hh, question, chat "
-        "nor a text with {prompt} in it exactly once."
+        f"nor a text with {{prompt}} in it exactly once{end}"
     )
 
 

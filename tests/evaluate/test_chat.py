@@ -10,9 +10,10 @@ from email.utils import formatdate
 import pytest
 from scripted_server import Reply, completion, serving
 
-from dpo.config import EndpointConfig, validate
+from dpo.config_files import validate
 from dpo.errors import InputError, StorageError
 from dpo.evaluate.chat import MAX_FAILURES_IN_A_ROW, Answer, ChatEndpoint
+from dpo.evaluation_config import EndpointConfig
 from dpo.train.reference import cache_folder
 from train.small_runs import forked
 

@@ -7,11 +7,12 @@ import re
 import pytest
 from scripted_server import Reply, completion, serving
 
-from dpo.config import EndpointConfig, validate
+from dpo.config_files import validate
 from dpo.data.rows import Message
 from dpo.evaluate.chat import ChatEndpoint
 from dpo.evaluate.endpoint import TEMPLATE, EndpointJudge, fill, outcome_of, parse
 from dpo.evaluate.matchups import Matchup, Place
+from dpo.evaluation_config import EndpointConfig
 
 SHOWN = re.compile(r"<response_A>\n(.*?)\n</response_A>.*<response_B>\n(.*)\n</response_B>", re.S)
 

@@ -10,13 +10,14 @@ import pytest
 from scripted_server import completion, serving
 from sklearn.metrics import cohen_kappa_score
 
-from dpo.config import EvaluateConfig, read_config
+from dpo.config_files import read_config
 from dpo.core.stats import clustered_wilson_interval, mcnemar_exact, wilson_interval
 from dpo.errors import InputError, StorageError
 from dpo.evaluate.agreement import VERDICTS, agreement_table, cohens_kappa, kappa_interval
 from dpo.evaluate.head_to_head import head_to_head_table, hold_duels
 from dpo.evaluate.matchups import JudgedMatchup, Matchup, Place
 from dpo.evaluate.records import prompts_won
+from dpo.evaluation_config import EvaluateConfig
 from train.small_runs import dpo, evaluate_config, sft_run, words_of
 
 LETTERS = {"w": "win", "l": "loss", "t": "tie"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo.atomic import lock_folder
-from dpo.config import EvaluateConfig, validate
+from dpo.config_files import validate
 from dpo.data.prompts import resolve_template
 from dpo.data.rows import PreferenceRow
 from dpo.data.tokenize import Encoder
@@ -17,6 +17,7 @@ from dpo.errors import InputError, StorageError
 from dpo.evaluate import generations, jobs
 from dpo.evaluate.generations import Sampling, sample_responses
 from dpo.evaluate.jobs import check_held_out, evaluate, held_out_rows
+from dpo.evaluation_config import EvaluateConfig
 from dpo.models.fresh import fresh_gpt2
 from dpo.train.prepare import SplitData
 from dpo.train.run import save_train_prompts

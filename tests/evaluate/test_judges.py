@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from dpo.config import EvaluateConfig, validate
+from dpo.config_files import validate
 from dpo.data.rows import Message, PreferenceRow
 from dpo.data.synthetic import World
 from dpo.errors import InputError
@@ -16,6 +16,7 @@ from dpo.evaluate.judges import ScalarJudge, open_judges, sentence_judge
 from dpo.evaluate.matchups import Matchup, Place, make_matchups
 from dpo.evaluate.records import Generation
 from dpo.evaluate.winrate import null_responses
+from dpo.evaluation_config import EvaluateConfig
 
 MIRROR = {"win": "loss", "loss": "win", "tie": "tie"}
 ROWS = [PreferenceRow(f"prompt {i}", f"chosen {i}", f"rejected {i}") for i in range(4)]

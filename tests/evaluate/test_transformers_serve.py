@@ -13,10 +13,11 @@ import urllib.request
 import pytest
 import torch
 
-from dpo.config import EndpointConfig, validate
+from dpo.config_files import validate
 from dpo.evaluate.chat import ChatEndpoint
 from dpo.evaluate.endpoint import EndpointJudge
 from dpo.evaluate.matchups import Matchup, Place
+from dpo.evaluation_config import EndpointConfig
 from dpo.models.fresh import fresh_gpt2
 
 pytestmark = pytest.mark.slow

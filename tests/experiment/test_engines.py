@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from dpo.atomic import lock_folder
-from dpo.config import validate
+from dpo.config_files import validate
 from dpo.errors import InputError
 from dpo.experiment import engines
 from dpo.experiment.study import train_all
@@ -34,7 +34,7 @@ CONFIG = {
 }
 TRAIN_ALL = """
 import json, logging, sys
-from dpo.config import validate
+from dpo.config_files import validate
 from dpo.experiment.study import train_all
 from dpo.experiment.study_config import StudyConfig, plan
 

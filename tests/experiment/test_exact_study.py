@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo.config import read_config, validate
+from dpo.config_files import read_config, validate
 from dpo.core.losses import dpo
 from dpo.core.stats import mean_interval
 from dpo.errors import DivergedError, InputError

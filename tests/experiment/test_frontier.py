@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo.config import read_config, validate
+from dpo.config_files import read_config, validate
 from dpo.core.exact import World
 from dpo.core.frontier import Point, area_under, optimum_at_kl, reward_at_kl
 from dpo.data.synthetic import World as Language

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo.config import read_config, validate
+from dpo.config_files import read_config, validate
 from dpo.core.stats import holm
 from dpo.data.sources import as_pairs, load_rows
 from dpo.data.split import split_by_prompt

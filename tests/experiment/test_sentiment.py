@@ -19,7 +19,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from dpo.config import RewardSourceConfig, read_config, validate
+from dpo.config import RewardSourceConfig
+from dpo.config_files import read_config, validate
 from dpo.core.frontier import Point
 from dpo.data.reviews import (
     Review,

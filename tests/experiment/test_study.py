@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from dpo.atomic import lock_folder
-from dpo.config import validate
+from dpo.config_files import validate
 from dpo.errors import InputError
 from dpo.evaluate import generations
 from dpo.evaluate.paired import power_lines

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dpo.atomic import jsonable
-from dpo.config import RewardSourceConfig, validate
+from dpo.config import RewardSourceConfig
+from dpo.config_files import validate
 from dpo.core.best_of_n import best_of_n_kl_bound
 from dpo.data.rows import PreferenceRow
 from dpo.errors import InputError

@@ -16,7 +16,8 @@ from scored_data import (
 )
 from torch import nn
 
-from dpo.config import DPOLossConfig, PreferenceConfig, SFTConfig, TrainingConfig, read_config
+from dpo.config import DPOLossConfig, PreferenceConfig, SFTConfig, TrainingConfig
+from dpo.config_files import read_config
 from dpo.data.order import batch_rows
 from dpo.train.loop import Method, training_step
 from tiny_models import make

@@ -111,7 +111,7 @@ PROMPTS_WITH_RESPONSES = st.lists(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(prompts=PROMPTS_WITH_RESPONSES, window=st.none() | st.integers(1, 12))
 def test_a_token_sees_what_it_sees_in_its_own_sequence(prompts, window) -> None:
     sequences = [
@@ -152,9 +152,9 @@ def listed(numbers: Tensor, indices: Tensor) -> list[list[int]]:
 )
 def test_tiles_are_those_that_torch_finds_in_the_whole_mask(trees, window) -> None:
     found = flex.block_mask(trees, window, CPU)
-    tokens = sum(tree.num_tokens for tree in trees)
+    length = flex.bucket(sum(tree.num_tokens for tree in trees))
     sees = flex.mask_mod(trees, window, CPU)
-    expected = torch_flex.create_block_mask(sees, None, None, tokens, tokens, device="cpu")
+    expected = torch_flex.create_block_mask(sees, None, None, length, length, device="cpu")
     assert found.shape == expected.shape
     for kind in ("kv", "full_kv", "q", "full_q"):
         numbers, indices = f"{kind}_num_blocks", f"{kind}_indices"
@@ -166,7 +166,35 @@ def test_tiles_between_trees_and_between_branches_are_skipped() -> None:
     two_trees = flex.block_mask((Tree(128, (0,)), Tree(128, (0,))), None, CPU)
     assert two_trees.to_dense()[0, 0].tolist() == [[1, 0], [0, 1]]
     branches = flex.block_mask((Tree(128, (128, 128)),), None, CPU)
-    assert branches.to_dense()[0, 0].tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    assert branches.to_dense()[0, 0].tolist() == [  # 384 tokens, padded to 512
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [1, 0, 1, 0],
+        [0, 0, 0, 1],
+    ]
+
+
+def test_a_padded_place_sees_itself_and_is_seen_by_nobody_else() -> None:
+    """So a tile of padding is one diagonal, and only tiles on the mask's diagonal have any."""
+    for trees in (ROW, ODD_ROW, (Tree(5, (1, 2)),)):
+        for window in (None, 40):
+            tokens = sum(tree.num_tokens for tree in trees)
+            row, zero = torch.arange(flex.bucket(tokens)), torch.tensor(0)
+            mask = flex.mask_mod(trees, window, CPU)(zero, zero, row[:, None], row)
+            assert mask.any(1).all()
+            assert torch.equal(mask[:tokens, :tokens], seen(trees, window))
+            padding = torch.arange(tokens, len(row))
+            assert torch.equal(mask[tokens:, tokens:], torch.eye(len(padding), dtype=torch.bool))
+            assert not mask[tokens:, :tokens].any()
+            assert not mask[:tokens, tokens:].any()
+
+
+def test_rows_of_all_lengths_have_few() -> None:
+    lengths = {tokens: flex.bucket(tokens) for tokens in range(1, 4097)}
+    assert set(lengths.values()) == {128, 256, 512, 1024, 2048, 4096}
+    for tokens, length in lengths.items():
+        assert tokens <= length
+        assert length < 2 * tokens or length == flex.TILE
 
 
 def inputs(trees, dtype, *, heads, groups, channels=16) -> list[Tensor]:
@@ -292,33 +320,42 @@ def test_compiled_for_a_cpu_its_outputs_are_those_of_the_trees() -> None:
     torch.testing.assert_close(found.transpose(1, 2), expected, rtol=0, atol=1e-5)
 
 
+def rows_of_many_lengths(number: int) -> list[tuple[Tree, ...]]:
+    """Rows of different lengths, the last one of a bucket's own, in three buckets."""
+    draw = random.Random(0)
+    rows = [
+        tuple(
+            Tree(draw.randint(10, 60), (draw.randint(1, 30), draw.randint(0, 30)))
+            for _ in range(draw.randint(1, 6))
+        )
+        for _ in range(number - 1)
+    ]
+    return [*rows, (Tree(200, (50, 6)),)]
+
+
 @pytest.mark.slow
 @quiet
-def test_it_is_traced_once_for_all_lengths_and_windows() -> None:
-    """Traced as for a GPU, forward and backward, but run by torch's own operations. Three times:
-    for the first row, for rows of any length, for rows of one tile.
-    """
+def test_it_is_traced_once_for_each_bucket_whatever_the_lengths_and_windows() -> None:
+    """Traced as for a GPU, forward and backward, but run by torch's own operations."""
     torch._dynamo.reset()
     traced = CompileCounterWithBackend("aot_eager")
-    draw = random.Random(0)
-    kernel = torch.compile(torch_flex.flex_attention, backend=traced, fullgraph=True)
-    for num_trees in (4, 6, 9, 5, 1):
-        for window in (None, 20, 30):
-            trees = tuple(
-                Tree(draw.randint(10, 60), (draw.randint(1, 30), draw.randint(0, 30)))
-                for _ in range(num_trees)
-            )
-            tensors = inputs(trees, torch.float32, heads=4, groups=2)
-            layout = Layout(trees, window)
-            with uncompiled(kernel):
-                found, _ = packed_attention(nn.Module(), *tensors, layout)
-            expected, _ = packed_attention(nn.Module(), *tensors, layout)
-            pairs = zip(
-                with_gradients(found, tensors), with_gradients(expected, tensors), strict=True
-            )
-            for mine, theirs in pairs:
-                torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
-    assert traced.frame_count <= 3
+    kernel = flex.compiled(backend=traced)
+    rows = rows_of_many_lengths(12)
+    lengths = [sum(tree.num_tokens for tree in trees) for trees in rows]
+    buckets = {flex.bucket(length) for length in lengths}
+    assert len(set(lengths)) >= 10
+    assert buckets == {128, 256, 512}
+    assert lengths[-1] in buckets
+    for trees, window in zip(rows, [None, 20, 30] * 4, strict=True):
+        tensors = inputs(trees, torch.float32, heads=4, groups=2)
+        layout = Layout(trees, window)
+        with uncompiled(kernel):
+            found, _ = packed_attention(nn.Module(), *tensors, layout)
+        expected, _ = packed_attention(nn.Module(), *tensors, layout)
+        pairs = zip(with_gradients(found, tensors), with_gradients(expected, tensors), strict=True)
+        for mine, theirs in pairs:
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    assert traced.frame_count == len(buckets)
 
 
 @pytest.mark.slow
@@ -328,7 +365,7 @@ def test_it_is_traced_under_gradient_checkpointing_with_a_soft_cap() -> None:
     model, sequences = make("gemma2"), random_trees()
     expected = gradient(response_logps(model, sequences).sum(), model)
     torch._dynamo.reset()
-    kernel = torch.compile(torch_flex.flex_attention, backend="aot_eager", fullgraph=True)
+    kernel = flex.compiled(backend="aot_eager")
     enable_recomputation(model)
     recompute_without_dropout(model)
     with uncompiled(kernel):
@@ -491,3 +528,21 @@ def test_on_a_gpu_outputs_and_gradients_are_those_of_the_trees(name: str) -> Non
     pairs = zip(with_gradients(found, tensors), with_gradients(expected, tensors), strict=True)
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@quiet
+def test_on_a_gpu_it_is_compiled_once_for_each_bucket() -> None:
+    torch._dynamo.reset()
+    flex.kernel.cache_clear()
+    compiled = torch._dynamo.utils.counters["stats"]
+    compiled.clear()
+    rows = rows_of_many_lengths(40)
+    for trees in rows:
+        made = inputs(trees, torch.float32, heads=4, groups=2)
+        tensors = [x.detach().cuda().requires_grad_() for x in made]
+        output, _ = packed_attention(nn.Module(), *tensors, Layout(trees, None))
+        with_gradients(output, tensors)
+    buckets = {flex.bucket(sum(tree.num_tokens for tree in trees)) for trees in rows}
+    assert compiled["unique_graphs"] == len(buckets)

@@ -10,7 +10,7 @@ from rich.console import Console
 from dpo.evaluate.paired import PairedTest
 from dpo.evaluate.true_reward import RewardRow
 from dpo.report import runs
-from dpo.report.data_check import check_data
+from dpo.report.data_check import check_data, print_check
 from dpo.report.runs import finish_run, reward_table, run_table
 from dpo.report.settings import settings_of
 from dpo.train.run import read_metrics
@@ -119,7 +119,9 @@ def test_paired_tests_are_shown_with_their_interval_and_unknown_differences_are_
 
 
 def test_every_setting_has_a_meaning_or_is_plain_from_its_name():
-    from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, known_keys
+    from dpo.config import PreferenceConfig, SFTConfig
+    from dpo.config_files import known_keys
+    from dpo.evaluation_config import EvaluateConfig
 
     for schema in (SFTConfig, PreferenceConfig, EvaluateConfig):
         rows = settings_of(schema)
@@ -136,16 +138,16 @@ def test_control_sequences_and_markup_in_data_are_printed_harmlessly(tmp_path, c
     data = tmp_path / "evil.jsonl"
     row = {"prompt": EVIL, "chosen": f"{EVIL} a", "rejected": f"{EVIL} b"}
     data.write_text(json.dumps(row) + "\n")
-    check_data(
+    check = check_data(
         [str(data)],
         tokenizer=str(sft_run()) if tokenizer else None,
         template=None,
         max_length=512,
         test=None,
         split=None,
-        num_shown=3,
         columns={},
     )
+    print_check(check, num_shown=3)
     out = capsys.readouterr().out
     assert not set(out) & {"\x1b", "\x07", "\x9b", "\r"}
     if tokenizer:

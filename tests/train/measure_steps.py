@@ -21,7 +21,8 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from dpo.config import PreferenceConfig, SFTConfig, validate
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import validate
 from dpo.train import loop
 from dpo.train.jobs import train_preference, train_sft
 

@@ -24,7 +24,9 @@ from unittest import mock
 from safetensors.numpy import load_file
 
 from dpo.cli import main
-from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, validate
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import validate
+from dpo.evaluation_config import EvaluateConfig
 from dpo.train.run import read_metrics
 
 FRESH = {"width": 16, "layers": 1, "heads": 2, "positions": 128, "vocab_size": 300}
@@ -54,11 +56,17 @@ class Said:
     code: int
     out: str
     err: str
-    raw: str
+    out_lines: list[str]
+    err_lines: list[str]
+    """As they were printed."""
 
     @property
     def all(self) -> str:
         return f"{self.out} {self.err}"
+
+    @property
+    def raw(self) -> str:
+        return "\n".join([*self.out_lines, *self.err_lines])
 
 
 def dpo(*words: object) -> Said:
@@ -81,10 +89,10 @@ def dpo(*words: object) -> Said:
         code = leaving.code
     finally:
         log.handlers, log.level, log.propagate = before
-    raw = out.getvalue() + err.getvalue()
-    assert CANARY not in raw
-    texts = [" ".join(stream.getvalue().split()) for stream in (out, err)]
-    return Said(int(code or 0), *texts, raw)
+    texts = [stream.getvalue() for stream in (out, err)]
+    assert not any(CANARY in text for text in texts)
+    joined, lines = [" ".join(t.split()) for t in texts], [t.splitlines() for t in texts]
+    return Said(int(code or 0), *joined, *lines)
 
 
 def merged(values: dict, changes: dict) -> dict:

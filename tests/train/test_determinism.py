@@ -15,7 +15,8 @@ TRAIN = """
 import json
 import sys
 
-from dpo.config import PreferenceConfig, SFTConfig, validate
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import validate
 from dpo.train.jobs import train_preference, train_sft
 
 sft, dpo = json.loads(sys.argv[1])

@@ -21,7 +21,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from dpo.config import PreferenceConfig, SFTConfig, validate
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import validate
 from dpo.core.machines import Machine
 from dpo.data.order import steps_per_epoch
 from dpo.errors import InputError

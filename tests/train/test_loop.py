@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo.config import DPOLossConfig, SFTConfig, validate
+from dpo.config import DPOLossConfig, SFTConfig
+from dpo.config_files import validate
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import DivergedError
 from dpo.models.fresh import fresh_gpt2

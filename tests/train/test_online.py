@@ -25,7 +25,8 @@ from small_runs import (
     words_of,
 )
 
-from dpo.config import PreferenceConfig, SFTConfig, read_config, validate
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import read_config, validate
 from dpo.data.order import batch_rows
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import InputError, Stopped

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dpo.config import OptimizerConfig, PreferenceConfig, SFTConfig, validate
+from dpo.config import OptimizerConfig, PreferenceConfig, SFTConfig
+from dpo.config_files import validate
 from dpo.errors import DivergedError, InputError, Stopped
 from dpo.models.adapters import has_adapter, open_model
 from dpo.models.load import find_model
@@ -46,6 +47,38 @@ def plain_adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 
 def loss_of(model: nn.Module) -> torch.Tensor:
     return -response_logps(model, random_sequences()).mean()
+
+
+# -- RMSprop ---------------------------------------------------------------------------------------
+
+
+def test_rmsprop_divides_by_the_root_of_the_mean_square() -> None:
+    """By hand: v = 0.99 v + 0.01 g^2, and the weight moves by rate g / (sqrt(v) + epsilon)."""
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    settings = OptimizerConfig(name="rmsprop", beta2=0.99, epsilon=1e-8)
+    optimizer = with_rate(make_optimizer(model, settings), 0.03)
+    weight, square = 1.0, 0.0
+    for gradient in (2.0, -1.0, 0.5):
+        model.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+        square = 0.99 * square + 0.01 * gradient**2
+        weight -= 0.03 * gradient / (math.sqrt(square) + 1e-8)
+        assert model.weight.item() == pytest.approx(weight, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"beta1": 0.5}, "beta1: has no effect, rmsprop averages squares only"),
+        ({"weight_decay": 0.1}, "weight_decay: is for AdamW; rmsprop would scale it"),
+        ({"in_backward": True, "max_grad_norm": None}, "in_backward: goes with name=adamw"),
+    ],
+)
+def test_rmsprop_refuses_what_it_does_not_use(settings: dict, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        validate(OptimizerConfig, {"name": "rmsprop", **settings})
 
 
 # -- masters ---------------------------------------------------------------------------------------

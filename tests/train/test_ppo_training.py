@@ -13,7 +13,8 @@ import pytest
 import torch
 from small_runs import DATA, FRESH, dpo, forked, merged, outcome, scratch, sft_run, sha256, words_of
 
-from dpo.config import ModelConfig, RewardConfig, SFTConfig, read_config, validate
+from dpo.config import ModelConfig, RewardConfig, SFTConfig
+from dpo.config_files import read_config, validate
 from dpo.core.ppo import adapted_coefficient
 from dpo.errors import InputError, Stopped
 from dpo.models.load import find_model, load_model

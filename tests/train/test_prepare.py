@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from dpo.config import DataConfig, validate
+from dpo.config import DataConfig
+from dpo.config_files import validate
 from dpo.data.prompts import resolve_template
 from dpo.data.rows import DemonstrationRow, Message, PreferenceRow
 from dpo.data.tokenize import Encoder

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo.config import DistributedConfig, RewardConfig, validate
+from dpo.config import DistributedConfig, RewardConfig
+from dpo.config_files import validate
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import InputError, RankLost, Stopped
 from dpo.models.load import find_model, load_model
@@ -104,6 +105,15 @@ def test_two_ranks_train_what_one_process_does(method, kind):
         assert shards == files
     else:
         assert all("checkpoints" in f.parts for f in shards ^ files)
+
+
+def test_two_sharded_ranks_train_with_rmsprop_what_one_process_does(tmp_path):
+    changes = {"max_steps": 6, "optimizer.name": "rmsprop", "optimizer.learning_rate": 1e-3}
+    sft_run()
+    train(config_of("dpo", "ddp", tmp_path / "one", changes))
+    config = config_of("dpo", "fsdp", tmp_path / "two", changes)
+    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    check_equal(tmp_path / "two", tmp_path / "one")
 
 
 def signal_at(step, number):
@@ -330,9 +340,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_kind(tmp_path):
 
 def test_recomputation_and_bf16_work_in_parts(tmp_path):
     changes = {"max_steps": 3, "gradient_checkpointing": True, "precision": "bf16"}
-    config = config_of("dpo", "fsdp", tmp_path / "two", changes)
-    train(config_of("dpo", "ddp", tmp_path / "one", changes))
-    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    for name, kind, ranks in (("one", "ddp", 1), ("two", "fsdp", 2)):
+        config = config_of("dpo", kind, tmp_path / name, changes)
+        assert on_ranks(ranks, lambda rank, config=config: train(config)) == [0] * ranks
     one, two = numbers_of(tmp_path / "one"), numbers_of(tmp_path / "two")
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)
@@ -343,11 +353,12 @@ def test_recomputation_and_bf16_work_in_parts(tmp_path):
 )
 def test_adapters_and_bfloat16_weights_train_as_in_one_process(changes, tmp_path):
     changes = changes | {"max_steps": 4}
-    train(config_of("dpo", "ddp", tmp_path / "one", changes))
-    config = config_of("dpo", "ddp", tmp_path / "two", changes)
-    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    for name, ranks in (("one", 1), ("two", 2)):  # in children: products in bfloat16 leave threads
+        config = config_of("dpo", "ddp", tmp_path / name, changes)
+        assert on_ranks(ranks, lambda rank, config=config: train(config)) == [0] * ranks
     one, two = numbers_of(tmp_path / "one"), numbers_of(tmp_path / "two")
-    close = {"rel": 1e-2, "abs": 1e-3} if "precision" in changes else {"rel": 1e-5, "abs": 1e-5}
+    # Weights of eight bits round a step's update to a share of 2^-9, in another place on each CPU.
+    close = {"rel": 5e-2, "abs": 1e-3} if "precision" in changes else {"rel": 1e-5, "abs": 1e-5}
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, **close)
 

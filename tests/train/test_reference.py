@@ -2,12 +2,14 @@
 
 import copy
 import os
+import random
 import signal
 
 import numpy as np
 import pytest
 import torch
 
+from dpo.data.pack import group_by_prompt
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import StorageError
 from dpo.models.fresh import fresh_gpt2
@@ -203,3 +205,15 @@ def test_a_kill_costs_what_was_scored_since_it_was_last_kept(
     assert torch.equal(values, expected)
     assert len(chunks) == (len(sequences) - num_kept) / 4
     assert cached(model, sequences)[1]
+
+
+def test_sequences_are_scored_longest_prompt_group_first_and_else_in_their_order():
+    drawn = random.Random(0)
+    sequences = [
+        TokenSequence((drawn.randrange(4), *range(drawn.randrange(5)), 9, 7), 2) for _ in range(200)
+    ]
+    groups = group_by_prompt(sequences).values()
+    longest_first = sorted(groups, key=lambda group: -max(len(sequences[i]) for i in group))
+    expected = [i for group in longest_first for i in group]
+    assert reference.longest_prompt_first(sequences).tolist() == expected
+    assert reference.longest_prompt_first([]).tolist() == []

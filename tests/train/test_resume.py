@@ -38,6 +38,7 @@ VARIANTS = {
     "dpo": (dpo_config, {}),
     "dpo with dropout, accumulating": (dpo_config, {"dropout": True, "batch.max_tokens": 200}),
     "dpo in bf16": (dpo_config, {"precision": "bf16"}),
+    "dpo with rmsprop": (dpo_config, {"optimizer.name": "rmsprop"}),
 }
 
 

@@ -14,7 +14,8 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-from dpo.config import RewardSourceConfig, validate
+from dpo.config import RewardSourceConfig
+from dpo.config_files import validate
 from dpo.data.prompts import PromptTemplate, save_template
 from dpo.data.rows import Message
 from dpo.data.synthetic import World

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import tiny_models
-from dpo.config import RewardConfig, validate
+from dpo.config import RewardConfig
+from dpo.config_files import validate
 from dpo.core.stats import pair_calibration
 from dpo.data.synthetic import World
 from dpo.data.tokenize import Encoder

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dpo.config import validate
+from dpo.config_files import validate
 from dpo.data.tokenize import TokenSequence
 from dpo.models.actor_critic import ActorCritic, token_mask
 from dpo.models.load import fuse_activations

@@ -9,7 +9,8 @@ import pytest
 import torch
 from small_runs import COMMON, EVALUATION, dpo, forked, kill_at, merged, outcome, sft_run, words_of
 
-from dpo.config import PreferenceConfig, validate
+from dpo.config import PreferenceConfig
+from dpo.config_files import validate
 from dpo.core.family import LOSSES
 from dpo.loss_config import MixLossConfig
 from dpo.train import jobs

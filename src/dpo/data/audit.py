@@ -6,19 +6,24 @@ control characters are written out, so that no row can drive the terminal.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dpo.data.rows import PreferenceRow, Prompt, RankedRow, Row, UnpairedRow
+from dpo.data.rows import DemonstrationRow, PreferenceRow, Prompt, RankedRow, Row, UnpairedRow
 from dpo.data.shapes import kind_of_row
-from dpo.data.split import near_key, overlap, prompt_key
+from dpo.data.split import prompt_digest, prompt_digests, prompt_key
 from dpo.data.tokenize import EncodedRow, TokenSequence
 
 R = TypeVar("R", bound=Row)
@@ -102,30 +107,97 @@ def audit(
         test_rows: Rows that should share no prompt with `rows`.
         max_length: Sequences of more tokens will be cut; counted where `encode` is given.
     """
-    responses = [(row.prompt, text) for row in rows for _, text in responses_of(row)]
-    sequence_lengths: list[int] = []
-    lengths = _character_lengths(rows)
-    if encode is not None:
-        token_lengths, sequence_lengths = _token_lengths(rows, encode)
-        lengths += token_lengths
-    num_too_long = None
-    if encode is not None and max_length is not None:
-        num_too_long = sum(length > max_length for length in sequence_lengths)
+    tally = _Tally(encode, merges, max_length)
+    for row in rows:
+        tally.add(row)
+    shared = None if test_rows is None else _num_shared(tally.prompts, test_rows)
     return Audit(
         num_rows=len(rows),
-        num_rows_by_kind=dict(Counter(kind_of_row(row) for row in rows)),
-        num_unique_prompts=len({prompt_key(row.prompt) for row in rows}),
-        num_distinct_prompts=len({near_key(row.prompt) for row in rows}),
-        num_duplicate_rows=len(rows) - len(set(rows)),
-        num_identical_pairs=drop_identical(rows)[1],
-        num_responses=len(responses),
-        num_empty_responses=sum(not text.strip() for _, text in responses),
-        num_overlapping_prompts=None if test_rows is None else len(overlap(rows, test_rows)),
-        lengths=tuple(lengths),
+        num_rows_by_kind=dict(tally.kinds),
+        num_unique_prompts=_num_distinct(tally.exact_prompts),
+        num_distinct_prompts=_num_distinct(tally.prompts),
+        num_duplicate_rows=len(rows) - _num_distinct(tally.rows),
+        num_identical_pairs=tally.num_identical,
+        num_responses=tally.num_responses,
+        num_empty_responses=tally.num_empty,
+        num_overlapping_prompts=shared,
+        lengths=(*_lengths("characters", tally.characters), *_lengths("tokens", tally.tokens)),
         max_length=max_length,
-        num_too_long=num_too_long,
-        num_merged_boundaries=None if merges is None else sum(merges(*pair) for pair in responses),
+        num_too_long=None if encode is None or max_length is None else tally.num_too_long,
+        num_merged_boundaries=None if merges is None else tally.num_merged,
     )
+
+
+class _Tally:
+    """Counts of rows as they pass. Of each row it keeps a few numbers of 8 bytes: digests, by which
+    different rows and prompts are told apart, and lengths.
+    """
+
+    def __init__(
+        self,
+        encode: Encode | None,
+        merges: Callable[[Prompt, str], bool] | None,
+        max_length: int | None,
+    ) -> None:
+        self.encode, self.merges = encode, merges
+        self.longest = math.inf if max_length is None else max_length
+        self.kinds: Counter[str] = Counter()
+        self.rows, self.exact_prompts, self.prompts = array("Q"), array("Q"), array("Q")
+        self.characters: dict[str, array[int]] = {}
+        self.tokens: dict[str, array[int]] = {}
+        self.num_identical = self.num_responses = self.num_empty = 0
+        self.num_too_long = self.num_merged = 0
+
+    def add(self, row: Row) -> None:
+        responses = responses_of(row)
+        texts = [text for _, text in responses]
+        kind = kind_of_row(row)
+        self.kinds[kind] += 1
+        key = prompt_key(row.prompt)
+        self.exact_prompts.append(_digest(key))
+        self.prompts.append(prompt_digest(row.prompt))
+        self.rows.append(_digest(json.dumps([kind, key, texts, _judgement(row)])))
+        self.num_identical += _is_identical(row)
+        self.num_responses += len(texts)
+        self.num_empty += sum(not text.strip() for text in texts)
+        _append(self.characters, "prompt", _num_characters(row.prompt))
+        for part, text in responses:
+            _append(self.characters, part, len(text))
+        if self.merges is not None:
+            self.num_merged += sum(self.merges(row.prompt, text) for text in texts)
+        if self.encode is not None:
+            sequences = self.encode(row.prompt, texts).sequences
+            _append(self.tokens, "prompt", sequences[0].prompt_length)
+            for (part, _), sequence in zip(responses, sequences, strict=True):
+                _append(self.tokens, part, sequence.num_scored)
+                self.num_too_long += len(sequence) > self.longest
+
+
+def _append(measured: dict[str, array[int]], part: str, length: int) -> None:
+    measured.setdefault(part, array("i")).append(length)
+
+
+def _judgement(row: Row) -> object:
+    """What tells rows of equal texts apart: a label, or scores; 0.0 and -0.0 are equal."""
+    if isinstance(row, UnpairedRow):
+        return row.label
+    if isinstance(row, DemonstrationRow) or row.scores is None:
+        return None
+    return [score + 0.0 for score in row.scores]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _num_distinct(digests: array[int]) -> int:
+    return len(np.unique(np.frombuffer(digests, np.uint64)))
+
+
+def _num_shared(prompts: array[int], test_rows: Iterable[Row]) -> int:
+    """How many different prompts of the test rows are among those, given by their digests."""
+    of_test = prompt_digests(row.prompt for row in test_rows)
+    return int(np.isin(of_test, np.frombuffer(prompts, np.uint64)).sum())
 
 
 def drop_identical(rows: Sequence[R]) -> tuple[tuple[R, ...], int]:
@@ -133,19 +205,12 @@ def drop_identical(rows: Sequence[R]) -> tuple[tuple[R, ...], int]:
 
     Such a pair has margin 0 and gradient 0 whatever the policy does; it only dilutes the batch.
     """
-    kept = tuple(
-        row for row in rows if not isinstance(row, PreferenceRow) or row.chosen != row.rejected
-    )
+    kept = tuple(row for row in rows if not _is_identical(row))
     return kept, len(rows) - len(kept)
 
 
-def _character_lengths(rows: Sequence[Row]) -> list[Lengths]:
-    measured: dict[str, list[int]] = {}
-    for row in rows:
-        measured.setdefault("prompt", []).append(_num_characters(row.prompt))
-        for part, text in responses_of(row):
-            measured.setdefault(part, []).append(len(text))
-    return [_lengths(part, "characters", values) for part, values in measured.items()]
+def _is_identical(row: Row) -> bool:
+    return isinstance(row, PreferenceRow) and row.chosen == row.rejected
 
 
 def _num_characters(prompt: Prompt) -> int:
@@ -154,24 +219,12 @@ def _num_characters(prompt: Prompt) -> int:
     return sum(len(message.content) for message in prompt)
 
 
-def _token_lengths(rows: Sequence[Row], encode: Encode) -> tuple[list[Lengths], list[int]]:
-    """Lengths of the parts, and of every sequence (a prompt with one response) as a whole."""
-    measured: dict[str, list[int]] = {}
-    whole: list[int] = []
-    for row in rows:
-        responses = responses_of(row)
-        sequences = encode(row.prompt, [text for _, text in responses]).sequences
-        measured.setdefault("prompt", []).append(sequences[0].prompt_length)
-        for (part, _), sequence in zip(responses, sequences, strict=True):
-            measured.setdefault(part, []).append(sequence.num_scored)
-            whole.append(len(sequence))
-    return [_lengths(part, "tokens", values) for part, values in measured.items()], whole
-
-
-def _lengths(part: str, unit: str, values: Iterable[int]) -> Lengths:
-    ordered = sorted(values)
-    ranks = [max(1, -(-percent * len(ordered) // 100)) for percent in PERCENTILES]
-    return Lengths(part, unit, len(ordered), tuple(ordered[rank - 1] for rank in ranks))
+def _lengths(unit: str, measured: Mapping[str, array[int]]) -> Iterator[Lengths]:
+    for part, values in measured.items():
+        ordered = np.sort(np.frombuffer(values, np.int32))
+        ranks = [max(1, -(-percent * len(ordered) // 100)) for percent in PERCENTILES]
+        at_percentiles = tuple(int(ordered[rank - 1]) for rank in ranks)
+        yield Lengths(part, unit, len(ordered), at_percentiles)
 
 
 # -- showing -----------------------------------------------------------------------------------

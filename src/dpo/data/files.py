@@ -18,9 +18,11 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, BinaryIO, TypeGuard, cast
 
 from dpo.errors import InputError
 
@@ -29,6 +31,9 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".par
 
 MAX_INTEGER_DIGITS = 300
 """Longer integers fit no float, and beyond 4,300 digits Python refuses to read them at all."""
+
+PARQUET_BATCH = 256
+"""Rows of a Parquet file that are in memory at once."""
 
 _BOM = codecs.BOM_UTF8
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -54,6 +59,7 @@ class Problem:
 
 
 Entry = Record | Problem
+Stream = BinaryIO | gzip.GzipFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +129,13 @@ def read_file(path: Path) -> FileContent:
     Raises:
         InputError: the file cannot be opened, is no data file, or its gzip stream is damaged.
     """
-    name = printable(str(path), limit=1000)
-    suffix = data_suffix(path.name)
-    if suffix is None:
-        raise InputError(f"{name}: not a data file; expected one of {', '.join(SUFFIXES)}.")
-    try:
+    name, suffix = _named(path)
+    with _reading(name):
         data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}.") from error
     sha256 = hashlib.sha256(data).hexdigest()
-    if suffix.endswith(".gz"):
-        data = _unzip(name, data)
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError(f"{name}: is UTF-16 text; save it as UTF-8.")
     entries: list[Entry] = []
     num_blank_lines = 0
-    for entry in _READERS[suffix.removesuffix(".gz")](name, data):
+    for entry in _entries(name, suffix, io.BytesIO(data)):
         if entry is None:
             num_blank_lines += 1
         else:
@@ -146,13 +143,101 @@ def read_file(path: Path) -> FileContent:
     return FileContent(entries, num_blank_lines, sha256)
 
 
-def _unzip(name: str, data: bytes) -> bytes:
+class StreamedFile:
+    """A data file that is read from the disk as often as its entries are asked for.
+
+    JSON Lines and Parquet, gzipped or not, are read row by row; JSON and CSV at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name, self._suffix = _named(path)
+        self._stat = self._now()
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of its bytes.
+
+        Raises:
+            InputError: the file cannot be read, or changed meanwhile.
+        """
+        digest = hashlib.sha256()
+        with self._open() as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        self._check_same()
+        return digest.hexdigest()
+
+    def entries(self) -> Iterator[Entry | None]:
+        """Its entries in order; None for a blank line.
+
+        Raises:
+            InputError: the file cannot be read, its gzip stream is damaged, or it is another than
+                it was.
+        """
+        with self._open() as stream:
+            yield from _entries(self.name, self._suffix, stream)
+        self._check_same()
+
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        with _reading(self.name), self.path.open("rb") as stream:
+            yield stream
+
+    def _now(self) -> tuple[int, int]:
+        with _reading(self.name):
+            found = self.path.stat()
+        return found.st_size, found.st_mtime_ns
+
+    def _check_same(self) -> None:
+        if self._now() != self._stat:
+            raise InputError(f"{self.name}: changed while it was read; start again.")
+
+
+def _named(path: Path) -> tuple[str, str]:
+    """What a file is called in messages, and the suffix that says how it is read."""
+    name = printable(str(path), limit=1000)
+    suffix = data_suffix(path.name)
+    if suffix is None:
+        raise InputError(f"{name}: not a data file; expected one of {', '.join(SUFFIXES)}.")
+    return name, suffix
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
     try:
-        return gzip.decompress(data)
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}.") from error
+
+
+def _entries(name: str, suffix: str, stream: BinaryIO) -> Iterator[Entry | None]:
+    """The entries of a file that is open at its beginning."""
+    read = _READERS[suffix.removesuffix(".gz")]
+    if not suffix.endswith(".gz"):
+        yield from read(name, _without_bom(name, stream))
+        return
+    try:
+        with gzip.GzipFile(fileobj=stream) as unzipped:
+            yield from read(name, _without_bom(name, unzipped))
+    except InputError:
+        raise
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"{name}: not a whole gzip file ({error}); copy or download it again."
         ) from error
+
+
+def _without_bom(name: str, stream: Stream) -> Stream:
+    """The stream behind its byte order mark, where it has one."""
+    start = stream.read(len(_BOM))
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{name}: is UTF-16 text; save it as UTF-8.")
+    if start != _BOM:
+        stream.seek(0)
+    return stream
 
 
 # -- JSON --------------------------------------------------------------------------------------
@@ -210,12 +295,12 @@ def _not_json(error: json.JSONDecodeError) -> str:
     return f"not valid JSON: {error.msg} (column {error.colno})"
 
 
-def _read_jsonl(name: str, data: bytes) -> Iterator[Entry | None]:
+def _read_jsonl(name: str, stream: Stream) -> Iterator[Entry | None]:
     json_reader = _StrictJson()
-    lines = data.removeprefix(_BOM).split(b"\n")
-    for number, line in enumerate(lines, 1):
-        is_last = number == len(lines)
+    for number, line in enumerate(stream, 1):
+        is_last = not line.endswith(b"\n")
         if line.strip():
+            line = line.removesuffix(b"\n")
             yield _read_json_line(f"{name}:{number}", line, json_reader, is_last=is_last)
         elif not is_last:  # what follows the final line end is no line
             yield None
@@ -236,8 +321,9 @@ def _read_json_line(source: str, line: bytes, json_reader: _StrictJson, *, is_la
     return _entry(source, value, json_reader.complaints)
 
 
-def _read_json(name: str, data: bytes) -> Iterator[Entry | None]:
+def _read_json(name: str, stream: Stream) -> Iterator[Entry | None]:
     """A list of objects, or an object with one such list in it; else JSON Lines under this name."""
+    data = stream.read()
     text = _decode(name, data)
     if isinstance(text, Problem):
         yield text
@@ -248,7 +334,7 @@ def _read_json(name: str, data: bytes) -> Iterator[Entry | None]:
         start = _skip_space(text, 0)
         value, end = _StrictJson().decode(text, start)
         if isinstance(value, dict) and re.compile(r"\s*\{").match(text, end):
-            yield from _read_jsonl(name, data)
+            yield from _read_jsonl(name, io.BytesIO(data))
             return
         if _skip_space(text, end) < len(text):
             raise json.JSONDecodeError("more text after the value", text, end)
@@ -313,9 +399,9 @@ def _list_entries(name: str, text: str, start: int) -> Iterator[Entry]:
 # -- CSV and Parquet ---------------------------------------------------------------------------
 
 
-def _read_csv(name: str, data: bytes) -> Iterator[Entry | None]:
+def _read_csv(name: str, stream: Stream) -> Iterator[Entry | None]:
     """Rows under the header line. CRLF becomes LF, inside quoted cells too."""
-    text = _decode(name, data)
+    text = _decode(name, stream.read())
     if isinstance(text, Problem):
         yield text
         return
@@ -355,26 +441,27 @@ def _csv_lines(text: str) -> Iterator[tuple[int, list[str] | str]]:
             return
 
 
-def _read_parquet(name: str, data: bytes) -> Iterator[Entry]:
+def _read_parquet(name: str, stream: Stream) -> Iterator[Entry]:
     pyarrow: Any = importlib.import_module("pyarrow")
     parquet: Any = importlib.import_module("pyarrow.parquet")
     try:
-        table: Any = parquet.ParquetFile(pyarrow.BufferReader(data)).read()
-        columns: list[str] = table.column_names
-        rows: list[dict[str, object]] = table.to_pylist()
+        file: Any = parquet.ParquetFile(stream)
+        columns: list[str] = file.schema_arrow.names
+        repeated = sorted({printable(column) for column in columns if columns.count(column) > 1})
+        if repeated:
+            yield Problem(name, f"repeated column: {', '.join(repeated)}.")
+            return
+        number = 0
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH):
+            for values in batch.to_pylist():
+                number += 1
+                yield Record(f"{name} row {number}", values)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = printable(str(error).splitlines()[0] if str(error) else "", limit=200)
         yield Problem(name, f"not a readable Parquet file: {reason}")
-        return
-    repeated = sorted({printable(column) for column in columns if columns.count(column) > 1})
-    if repeated:
-        yield Problem(name, f"repeated column: {', '.join(repeated)}.")
-        return
-    for number, values in enumerate(rows, 1):
-        yield Record(f"{name} row {number}", values)
 
 
-_READERS: dict[str, Callable[[str, bytes], Iterator[Entry | None]]] = {
+_READERS: dict[str, Callable[[str, Stream], Iterator[Entry | None]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
@@ -406,7 +493,7 @@ def kind_of(value: object) -> str:
 
 def _decode(name: str, data: bytes) -> str | Problem:
     try:
-        return data.removeprefix(_BOM).decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
         return Problem(f"{name}:{line}", _not_utf8(error) + ".")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dpo.data.rows import Message, Prompt
-from dpo.errors import InputError
+from dpo.errors import InputError, did_you_mean
 
 TEMPLATES = {
     "plain": "{prompt}",
@@ -57,10 +57,10 @@ def resolve_template(template: str) -> PromptTemplate:
         return PromptTemplate(template, TEMPLATES[template])
     if template.count("{prompt}") == 1:
         return PromptTemplate("custom", template)
-    names = ", ".join([*TEMPLATES, CHAT])
+    names = [*TEMPLATES, CHAT]
     raise InputError(
-        f"data.template: {template!r} is neither one of {names} "
-        "nor a text with {prompt} in it exactly once."
+        f"data.template: {template!r} is neither one of {', '.join(names)} "
+        "nor a text with {prompt} in it exactly once" + (did_you_mean(template, names) or ".")
     )
 
 

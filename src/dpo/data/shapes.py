@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 from dpo.data.fields import Fields
@@ -205,6 +205,80 @@ def recognise(columns: Sequence[str]) -> Shape | None:
     return next((shape for shape in SHAPES if set(shape.required) <= set(columns)), None)
 
 
+@dataclass
+class Survey:
+    """What the records of a source have for columns: enough to say how they are to be read."""
+
+    first: Record | None = None
+    num_entries: int = 0
+    num_blank_lines: int = 0
+    columns: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    """How many records have these columns."""
+    parts: dict[tuple[str, str], None] = field(default_factory=dict)
+    """(column, "") and (column, key in its messages), in the order in which they first come."""
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry | None]) -> Survey:
+        """Look at all entries, and remember none but the first record; None is a blank line."""
+        survey = cls()
+        for entry in entries:
+            survey.num_blank_lines += entry is None
+            survey.num_entries += entry is not None
+            if isinstance(entry, Record):
+                survey._add(entry)
+        return survey
+
+    def _add(self, record: Record) -> None:
+        if self.first is None:
+            self.first = record
+        self.columns[tuple(record.values)] += 1
+        for name, value in record.values.items():
+            self.parts[name, ""] = None
+            if is_list(value):
+                self.parts.update(dict.fromkeys((name, key) for key in _unused_in_messages(value)))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the rows of a source are read: they have one shape."""
+
+    shape: Shape
+    columns: Mapping[str, str]
+    ignored_columns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, survey: Survey, columns: Mapping[str, str]) -> Layout:
+        """The shape that most records have.
+
+        Raises:
+            InputError: `columns` names what does not exist, or no record has a known shape.
+        """
+        _check_columns(survey, columns)
+        shape = _common_shape(survey, columns)
+        return cls(shape, columns, _unused(survey, shape, columns))
+
+    def read(self, entries: Iterable[Entry | None]) -> Iterator[Row | Problem]:
+        """A row, or why there is none, for each entry that is no blank line."""
+        for entry in entries:
+            if isinstance(entry, Record):
+                yield _read_row(entry, self.shape, self.columns)
+            elif entry is not None:
+                yield entry
+
+
+def common_form(rows: Iterable[Row | Problem]) -> bool:
+    """Whether the prompts of most rows are text; else they are conversations."""
+    forms = Counter(isinstance(row.prompt, str) for row in rows if not isinstance(row, Problem))
+    return forms.most_common(1)[0][0] if forms else True
+
+
+def of_form(row: Row | Problem, *, is_text: bool) -> Row | Problem:
+    """The row, or that its prompt has another form."""
+    if isinstance(row, Problem) or isinstance(row.prompt, str) == is_text:
+        return row
+    return Problem(row.source, _other_form(is_text))
+
+
 @dataclass(frozen=True, slots=True)
 class ReadRows:
     """The rows of a source that could be read, and the problems of those that could not."""
@@ -225,27 +299,24 @@ def read_rows(entries: Sequence[Entry], columns: Mapping[str, str]) -> ReadRows:
     Raises:
         InputError: `columns` names what does not exist, or no record has a known shape.
     """
-    records = [entry for entry in entries if isinstance(entry, Record)]
-    if not records:
+    survey = Survey.of(entries)
+    if survey.first is None:
         return ReadRows((), [entry for entry in entries if isinstance(entry, Problem)], "", ())
-    _check_columns(records, columns)
-    shape = _common_shape(records, columns)
-    read = [e if isinstance(e, Problem) else _read_row(e, shape, columns) for e in entries]
-    forms = Counter(isinstance(row.prompt, str) for row in read if not isinstance(row, Problem))
-    is_text = forms.most_common(1)[0][0] if forms else True
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    for row in read:
-        if isinstance(row, Problem):
-            problems.append(row)
-        elif isinstance(row.prompt, str) != is_text:
-            problems.append(Problem(row.source, _other_form(is_text)))
-        else:
-            rows.append(row)
-    form = "text" if is_text else "conversations"
+    layout = Layout.of(survey, columns)
+    read = list(layout.read(entries))
+    is_text = common_form(read)
+    checked = [of_form(row, is_text=is_text) for row in read]
     return ReadRows(
-        tuple(rows), problems, f"{shape.name}, {form}", _unused(records, shape, columns)
+        tuple(row for row in checked if not isinstance(row, Problem)),
+        [row for row in checked if isinstance(row, Problem)],
+        shape_name(layout.shape, is_text=is_text),
+        layout.ignored_columns,
     )
+
+
+def shape_name(shape: Shape, *, is_text: bool) -> str:
+    """What a shape is called with its form: `prompt/chosen/rejected, text`."""
+    return f"{shape.name}, {'text' if is_text else 'conversations'}"
 
 
 def _read_row(record: Record, shape: Shape, columns: Mapping[str, str]) -> Row | Problem:
@@ -272,13 +343,18 @@ def _other_form(is_text: bool) -> str:
     return f"'prompt' is {this}, in the other rows {others}; a source must have one form."
 
 
-def _common_shape(records: Sequence[Record], columns: Mapping[str, str]) -> Shape:
-    recognised = (recognise(list(_renamed(record.values, columns))) for record in records)
-    counts = Counter(shape for shape in recognised if shape is not None)
+def _common_shape(survey: Survey, columns: Mapping[str, str]) -> Shape:
+    counts: Counter[Shape] = Counter()
+    for names, count in survey.columns.items():
+        shape = recognise(list(_renamed(dict.fromkeys(names), columns)))
+        if shape is not None:
+            counts[shape] += count
     if not counts:
+        assert survey.first is not None
         shapes = "; ".join(", ".join(shape.columns) for shape in SHAPES)
         raise InputError(
-            f"{records[0].source}: no row has a shape that can be recognised {_found(records[0])}; "
+            f"{survey.first.source}: no row has a shape that can be recognised "
+            f"{_found(survey.first)}; "
             f"expected the columns of one of: {shapes}. Other names can be mapped to these."
         )
     shape = counts.most_common(1)[0][0]
@@ -290,9 +366,9 @@ def _common_shape(records: Sequence[Record], columns: Mapping[str, str]) -> Shap
     return shape
 
 
-def _check_columns(records: Sequence[Record], columns: Mapping[str, str]) -> None:
+def _check_columns(survey: Survey, columns: Mapping[str, str]) -> None:
     ours = list(dict.fromkeys(name for shape in SHAPES for name in shape.columns))
-    found = list(dict.fromkeys(name for record in records for name in record.values))
+    found = list(dict.fromkeys(name for names in survey.columns for name in names))
     for name, user_name in columns.items():
         if name not in ours:
             raise InputError(
@@ -324,22 +400,21 @@ def _found(record: Record) -> str:
     return f"(found: {names or 'nothing'})"
 
 
-def _unused(records: Sequence[Record], shape: Shape, columns: Mapping[str, str]) -> tuple[str, ...]:
+def _unused(survey: Survey, shape: Shape, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns that are not used, and of those that are, what their messages have beyond use."""
     used = {columns.get(name, name) for name in shape.columns}
-    ignored: dict[str, None] = {}
-    for record in records:
-        for name, value in record.values.items():
-            if name not in used:
-                ignored[printable(name)] = None
-            elif is_list(value):
-                ignored |= dict.fromkeys(_unused_in_messages(printable(name), value))
-    return tuple(ignored)
+    ignored = (
+        f"{printable(name)}[].{key}" if key else printable(name)
+        for name, key in survey.parts
+        if (name in used) == bool(key)
+    )
+    return tuple(dict.fromkeys(ignored))
 
 
-def _unused_in_messages(name: str, messages: list[object]) -> list[str]:
-    """What a message holds beyond role and content, where it is not null: `messages[].weight`."""
+def _unused_in_messages(messages: list[object]) -> list[str]:
+    """What a message holds beyond role and content, where it is not null: `weight`."""
     return [
-        f"{name}[].{printable(key)}"
+        printable(key)
         for message in messages
         if isinstance(message, dict)
         for key, value in cast("dict[str, object]", message).items()

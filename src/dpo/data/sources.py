@@ -1,12 +1,13 @@
 """Anything the user has to validated rows, and rows to the project's own JSONL.
 
-A source is a file (JSONL, JSON, CSV, each also gzipped, or Parquet), a folder of them, a data set
-on the Hugging Face hub, or a list of these. What is wrong with it is said at once, up to
-`MAX_SHOWN_PROBLEMS` rows, each by file and line.
+A source is a file (JSONL, JSON, CSV, each also gzipped, or Parquet), a folder of them, a pattern
+such as `shards/*.parquet`, a data set on the Hugging Face hub, or a list of these. What is wrong
+with it is said at once, up to `MAX_SHOWN_PROBLEMS` rows, each by file and line.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib
 import itertools
@@ -15,6 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,6 +27,7 @@ from dpo.data.files import (
     FileContent,
     Problem,
     Record,
+    StreamedFile,
     data_suffix,
     existing,
     printable,
@@ -38,8 +41,18 @@ from dpo.data.rows import (
     Row,
     UnpairedRow,
 )
-from dpo.data.shapes import SCORES, Kind, kind_of_row, read_rows
-from dpo.errors import InputError
+from dpo.data.shapes import (
+    SCORES,
+    Kind,
+    Layout,
+    Survey,
+    common_form,
+    kind_of_row,
+    of_form,
+    read_rows,
+    shape_name,
+)
+from dpo.errors import InputError, did_you_mean_path
 
 MAX_SHOWN_PROBLEMS = 20
 
@@ -66,15 +79,33 @@ class LoadedRows:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        ignored = ", ".join(self.ignored_columns)
-        parts = [
-            f"{len(self.rows):,} {self.kind} rows",
-            f"shape {self.shape}",
-            *([f"{self.num_blank_lines} blank lines skipped"] if self.num_blank_lines else []),
-            *([f"ignored columns: {ignored}"] if ignored else []),
-            *self.notes,
-        ]
-        return "; ".join(parts)
+        return _described(
+            len(self.rows),
+            self.kind,
+            self.shape,
+            self.num_blank_lines,
+            self.ignored_columns,
+            self.notes,
+        )
+
+
+def _described(
+    num_rows: int,
+    kind: Kind,
+    shape: str,
+    num_blank_lines: int,
+    ignored_columns: Sequence[str],
+    notes: Sequence[str],
+) -> str:
+    ignored = ", ".join(ignored_columns)
+    parts = [
+        f"{num_rows:,} {kind} rows",
+        f"shape {shape}",
+        *([f"{num_blank_lines} blank lines skipped"] if num_blank_lines else []),
+        *([f"ignored columns: {ignored}"] if ignored else []),
+        *notes,
+    ]
+    return "; ".join(parts)
 
 
 def load_rows(
@@ -88,7 +119,8 @@ def load_rows(
     """Read and validate every row of one or more sources; all must have one shape.
 
     Args:
-        path: A file, a folder, a hub id `owner/name`, or a list of these. What exists is local.
+        path: A file, a folder, a pattern, a hub id `owner/name`, or a list of these. What exists is
+            local.
         columns: Our column names to the user's, where they differ: `{"prompt": "question"}`.
         split: The split of a hub data set; needed where it has several.
         revision: The revision of a hub data set.
@@ -132,17 +164,123 @@ def load_records(
     return records, _joint_sha256([part.content.sha256 for part in parts])
 
 
+class StreamedRows:
+    """Validated rows of one type and form, read from the disk as often as they are gone through:
+    the rows of `load_rows`, of which only one is in memory.
+
+    What is wrong is said as by `load_rows`, by whoever goes through them first.
+    """
+
+    def __init__(
+        self,
+        path: Source | Sequence[Source],
+        *,
+        columns: Mapping[str, str] | None = None,
+        split: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self._name, sources = _named_sources(path, split, revision, None)
+        self._columns = columns or {}
+        self._parts: list[StreamedFile | _HubData] = []
+        self._notes: list[str] = []
+        for source in sources:
+            for part, notes in _find_source(source, split, revision):
+                self._parts.append(StreamedFile(part) if isinstance(part, Path) else part)
+                self._notes += notes
+
+    @property
+    def sha256(self) -> str:
+        """As `LoadedRows.sha256`."""
+        return _joint_sha256([part.sha256 for part in self._parts])
+
+    @property
+    def content(self) -> list[Any]:
+        """What decides the rows: names, digests and columns."""
+        return [[[part.name, part.sha256] for part in self._parts], sorted(self._columns.items())]
+
+    def __iter__(self) -> Iterator[Row]:
+        _, layout = self._surveyed
+        is_text: bool | None = None
+        for row in layout.read(self._entries()):
+            if is_text is None and not isinstance(row, Problem):
+                is_text = isinstance(row.prompt, str)
+            found = row if is_text is None else of_form(row, is_text=is_text)
+            if isinstance(found, Problem):
+                raise InputError(self._report_all(layout))
+            yield found
+
+    @property
+    def num_rows(self) -> int:
+        return self._surveyed[0].num_entries
+
+    @property
+    def shape(self) -> str:
+        """As `LoadedRows.shape`."""
+        return shape_name(self._surveyed[1].shape, is_text=isinstance(self._first.prompt, str))
+
+    def __str__(self) -> str:
+        """As that of the `LoadedRows`."""
+        survey, layout = self._surveyed
+        return _described(
+            survey.num_entries,
+            kind_of_row(self._first),
+            self.shape,
+            survey.num_blank_lines,
+            layout.ignored_columns,
+            self._notes,
+        )
+
+    @property
+    def _first(self) -> Row:
+        return next(iter(self))
+
+    @cached_property
+    def _surveyed(self) -> tuple[Survey, Layout]:
+        survey = Survey.of(self._entries())
+        if not survey.num_entries:
+            raise _no_rows(self._name)
+        if survey.first is None:
+            problems = (entry for entry in self._entries() if isinstance(entry, Problem))
+            raise InputError(_report(self._name, problems, survey.num_entries))
+        return survey, Layout.of(survey, self._columns)
+
+    def _entries(self) -> Iterator[Entry | None]:
+        for part in self._parts:
+            yield from part.entries()
+
+    def _report_all(self, layout: Layout) -> str:
+        """All that is wrong, as `load_rows` says it."""
+        is_text = common_form(layout.read(self._entries()))
+        checked = (of_form(row, is_text=is_text) for row in layout.read(self._entries()))
+        problems = (row for row in checked if isinstance(row, Problem))
+        return _report(self._name, problems, self.num_rows)
+
+
 def _read_sources(
     path: Source | Sequence[Source], split: str | None, revision: str | None, limit: int | None
 ) -> tuple[str, list[_Part]]:
     """What the sources are called in messages, and what they hold: at least one row."""
-    sources = [path] if isinstance(path, str | os.PathLike) else list(path)
-    name = printable(", ".join(str(source) for source in sources), limit=200)
-    _check_options(sources, split, revision, limit)
-    parts = [part for source in sources for part in _read_source(source, split, revision)]
+    name, sources = _named_sources(path, split, revision, limit)
+    parts = [
+        _Part(read_file(part) if isinstance(part, Path) else part.content(), notes)
+        for source in sources
+        for part, notes in _find_source(source, split, revision)
+    ]
     if not any(part.content.entries for part in parts):
-        raise InputError(f"{name}: there are no rows; expected at least one.")
+        raise _no_rows(name)
     return name, parts
+
+
+def _named_sources(
+    path: Source | Sequence[Source], split: str | None, revision: str | None, limit: int | None
+) -> tuple[str, list[Source]]:
+    sources = [path] if isinstance(path, str | os.PathLike) else list(path)
+    _check_options(sources, split, revision, limit)
+    return printable(", ".join(str(source) for source in sources), limit=200), sources
+
+
+def _no_rows(name: str) -> InputError:
+    return InputError(f"{name}: there are no rows; expected at least one.")
 
 
 def _check_options(
@@ -157,13 +295,20 @@ def _check_options(
             raise InputError(f"{option}: only a hub data set has one; {sources[0]} is local.")
 
 
-def _report(name: str, problems: Sequence[Problem], num_rows: int) -> str:
-    if len(problems) == 1:
-        return str(problems[0])
-    shown = [f"  {problem}" for problem in problems[:MAX_SHOWN_PROBLEMS]]
-    if len(problems) > MAX_SHOWN_PROBLEMS:
-        shown.append(f"  and {len(problems) - MAX_SHOWN_PROBLEMS} more")
-    return "\n".join([f"{name}: {len(problems)} of {num_rows} rows cannot be used:", *shown])
+def _report(name: str, problems: Iterable[Problem], num_rows: int) -> str:
+    """The first problems, and how many there are."""
+    shown: list[Problem] = []
+    num_problems = 0
+    for problem in problems:
+        num_problems += 1
+        if len(shown) < MAX_SHOWN_PROBLEMS:
+            shown.append(problem)
+    if num_problems == 1:
+        return str(shown[0])
+    lines = [f"  {problem}" for problem in shown]
+    if num_problems > len(shown):
+        lines.append(f"  and {num_problems - len(shown)} more")
+    return "\n".join([f"{name}: {num_problems} of {num_rows} rows cannot be used:", *lines])
 
 
 def _joint_sha256(digests: Sequence[str]) -> str:
@@ -191,40 +336,80 @@ def _is_hub(source: Source) -> bool:
     )
 
 
-def _read_source(source: Source, split: str | None, revision: str | None) -> Iterator[_Part]:
+def _find_source(
+    source: Source, split: str | None, revision: str | None
+) -> Iterator[tuple[Path | _HubData, tuple[str, ...]]]:
+    """The files of a source, or its data on the hub, each with what the log says of it."""
     if _is_hub(source):
-        yield _read_hub(str(source), split, revision)
+        yield _open_hub(str(source), split, revision)
         return
     path = existing(source)
-    if path is None:
+    if path is not None:
+        yield from _find_files(path)
+        return
+    name = printable(str(source), limit=1000)
+    if not glob.has_magic(str(source)):
         raise InputError(
-            f"{printable(str(source), limit=1000)}: there is no such file or folder, "
-            "and it is no hub id (owner/name)."
+            f"{name}: there is no such file or folder, and it is no hub id (owner/name)"
+            + (did_you_mean_path(str(source)) or ".")
         )
-    if path.is_dir():
-        yield from _read_folder(path)
-    else:
-        yield _Part(read_file(path))
+    matches = sorted(glob.glob(os.path.expanduser(source), recursive=True))
+    if not matches:
+        raise InputError(f"{name}: no file or folder has such a name.")
+    for match in matches:
+        yield from _find_files(Path(match))
 
 
-def _read_folder(folder: Path) -> Iterator[_Part]:
+def _find_files(path: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """A file, or the data files of a folder in the order of their names."""
+    if not path.is_dir():
+        yield path, ()
+        return
     try:
-        visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        visible = sorted(file for file in path.iterdir() if not file.name.startswith("."))
     except OSError as error:
-        raise InputError(f"{folder}: cannot be read: {error.strerror}.") from error
-    files = [path for path in visible if path.is_file() and data_suffix(path.name)]
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+    files = [file for file in visible if file.is_file() and data_suffix(file.name)]
     if not files:
         raise InputError(
-            f"{printable(str(folder), limit=1000)}: no data file in this folder "
+            f"{printable(str(path), limit=1000)}: no data file in this folder "
             f"(sub-folders are not searched); expected {', '.join(SUFFIXES)}."
         )
-    left_out = [printable(path.name) for path in visible if path not in files]
-    note = f"left out of {printable(folder.name)}: {', '.join(left_out)}"
-    for i, path in enumerate(files):
-        yield _Part(read_file(path), (note,) if left_out and i == 0 else ())
+    left_out = [printable(file.name) for file in visible if file not in files]
+    note = f"left out of {printable(path.name)}: {', '.join(left_out)}"
+    for i, file in enumerate(files):
+        yield file, (note,) if left_out and i == 0 else ()
 
 
-def _read_hub(name: str, split: str | None, revision: str | None) -> _Part:
+@dataclass
+class _HubData:
+    """A data set of the hub, which `datasets` keeps on the disk."""
+
+    name: str
+    rows: Iterable[dict[str, object]]
+
+    def entries(self) -> Iterator[Record]:
+        for number, values in enumerate(self.rows, 1):
+            yield Record(f"{self.name} row {number}", values)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of its rows."""
+        digest = hashlib.sha256()
+        for values in self.rows:
+            # What is no JSON (an image, a date) is no column of ours, and its repr may hold an
+            # address.
+            line = json.dumps(values, sort_keys=True, default=lambda value: type(value).__name__)
+            digest.update(line.encode() + b"\n")
+        return digest.hexdigest()
+
+    def content(self) -> FileContent:
+        return FileContent(list(self.entries()), 0, self.sha256)
+
+
+def _open_hub(
+    name: str, split: str | None, revision: str | None
+) -> tuple[_HubData, tuple[str, ...]]:
     datasets: Any = importlib.import_module("datasets")
     try:
         data: Any = datasets.load_dataset(name, split=split, revision=revision)
@@ -239,16 +424,9 @@ def _read_hub(name: str, split: str | None, revision: str | None) -> _Part:
         if len(splits) != 1:
             raise InputError(f"{name}: has the splits {', '.join(splits)}; name one of them.")
         ((split, data),) = splits.items()
-    where = f"{name}:{split}" if split else name
-    entries: list[Entry] = []
-    digest = hashlib.sha256()
-    for number, values in enumerate(data, 1):
-        entries.append(Record(f"{where} row {number}", values))
-        # What is no JSON (an image, a date) is no column of ours, and its repr may hold an address.
-        line = json.dumps(values, sort_keys=True, default=lambda value: type(value).__name__)
-        digest.update(line.encode() + b"\n")
     at = f" at {revision}" if revision else ""
-    return _Part(FileContent(entries, 0, digest.hexdigest()), (f"hub data set {where}{at}",))
+    where = f"{name}:{split}" if split else name
+    return _HubData(where, data), (f"hub data set {where}{at}",)
 
 
 # -- our own JSONL -----------------------------------------------------------------------------
@@ -312,20 +490,29 @@ def as_pairs(rows: Iterable[Row]) -> tuple[PreferenceRow, ...]:
     Raises:
         InputError: A row is neither, or not one pair has a strict order.
     """
-    pairs: list[PreferenceRow] = []
+    pairs = tuple(each_pair(rows))
+    if not pairs:
+        raise no_pair()
+    return pairs
+
+
+def each_pair(rows: Iterable[Row]) -> Iterator[PreferenceRow]:
+    """The pairs of `as_pairs`, one by one; there may be none."""
     for row in rows:
         if isinstance(row, PreferenceRow):
-            pairs.append(row)
+            yield row
         elif isinstance(row, RankedRow):
-            pairs += _pairs_of_ranking(row)
+            yield from _pairs_of_ranking(row)
         else:
             raise InputError(
                 f"{_where(row)}expected preference or ranked rows, got {kind_of_row(row)} rows; "
                 "every row needs a chosen and a rejected response, or a ranking."
             )
-    if not pairs:
-        raise InputError("There is no pair of responses of which one is preferred.")
-    return tuple(pairs)
+
+
+def no_pair() -> InputError:
+    """What is said of rows without a pair."""
+    return InputError("There is no pair of responses of which one is preferred.")
 
 
 def _pairs_of_ranking(row: RankedRow) -> Iterator[PreferenceRow]:

@@ -12,10 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dpo.data.rows import Prompt, Row
 from dpo.errors import InputError
 
 R = TypeVar("R", bound=Row)
+
+Digests = NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,50 @@ def prompt_digest(prompt: Prompt) -> int:
     return int.from_bytes(hashlib.sha256(near_key(prompt).encode()).digest()[:8], "big")
 
 
+Place = tuple[float, str]
+"""Where a prompt stands among all: its rank in [0, 1), and its key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Which prompts are held out: those below the fraction; but at least one, and never all."""
+
+    seed: int
+    test_fraction: float
+    first: Place
+    last: Place
+
+    @classmethod
+    def of(cls, prompts: Iterable[Prompt], *, test_fraction: float, seed: int) -> Sides:
+        """The sides of a set of prompts, in one pass that remembers two of them.
+
+        Raises:
+            InputError: the fraction is not between 0 and 1, or there are fewer than two prompts.
+        """
+        if not 0 < test_fraction < 1:  # NaN too
+            raise InputError(f"test_fraction: expected between 0 and 1, got {test_fraction}.")
+        first = last = None
+        for prompt in prompts:
+            place = _place(seed, prompt)
+            first = place if first is None else min(first, place)
+            last = place if last is None else max(last, place)
+        if first is None or last is None or first == last:
+            raise InputError(
+                f"Expected at least 2 different prompts, one for each side of the split, "
+                f"got {0 if first is None else 1}."
+            )
+        return cls(seed, test_fraction, first, last)
+
+    def held_out(self, prompt: Prompt) -> bool:
+        """Whether a prompt, one of those, is held out."""
+        place = _place(self.seed, prompt)
+        if self.first[0] >= self.test_fraction:
+            return place == self.first
+        if self.last[0] < self.test_fraction:
+            return place != self.last
+        return place[0] < self.test_fraction
+
+
 def split_by_prompt(rows: Sequence[R], *, test_fraction: float, seed: int) -> Split[R]:
     """Hold out about that fraction of the prompts (at least one, never all) with all their rows.
 
@@ -67,35 +116,41 @@ def split_by_prompt(rows: Sequence[R], *, test_fraction: float, seed: int) -> Sp
     Raises:
         InputError: The fraction is not between 0 and 1, or there are fewer than two prompts.
     """
-    if not 0 < test_fraction < 1:  # NaN too
-        raise InputError(f"test_fraction: expected between 0 and 1, got {test_fraction}.")
-    keys = [near_key(row.prompt) for row in rows]
-    ranks = {key: _rank(seed, key) for key in keys}
-    if len(ranks) < 2:
-        raise InputError(
-            f"Expected at least 2 different prompts, one for each side of the split, "
-            f"got {len(ranks)}."
-        )
-    ordered = sorted(ranks, key=lambda key: (ranks[key], key))
-    num_test = sum(rank < test_fraction for rank in ranks.values())
-    held_out = set(ordered[: min(max(1, num_test), len(ordered) - 1)])
+    sides = Sides.of((row.prompt for row in rows), test_fraction=test_fraction, seed=seed)
+    held_out = [sides.held_out(row.prompt) for row in rows]
     return Split(
-        train=tuple(row for row, key in zip(rows, keys, strict=True) if key not in held_out),
-        test=tuple(row for row, key in zip(rows, keys, strict=True) if key in held_out),
+        train=tuple(row for row, out in zip(rows, held_out, strict=True) if not out),
+        test=tuple(row for row, out in zip(rows, held_out, strict=True) if out),
     )
 
 
-def _rank(seed: int, key: str) -> float:
+def _place(seed: int, prompt: Prompt) -> Place:
+    key = near_key(prompt)
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return int.from_bytes(digest[:8], "big") / 2**64, key
 
 
 def overlap(train: Iterable[Row], test: Iterable[Row]) -> tuple[Prompt, ...]:
     """The prompts of `test` that `train` has too, up to case and white space, each once."""
-    trained_on = {near_key(row.prompt) for row in train}
-    shared: dict[str, Prompt] = {}
+    return shared_prompts(prompt_digests(row.prompt for row in train), test)
+
+
+def shared_prompts(trained_on: Digests, test: Iterable[Row]) -> tuple[Prompt, ...]:
+    """The prompts of `test` with a digest among those of `prompt_digests`, each once."""
+    shared: dict[int, Prompt] = {}
     for row in test:
-        key = near_key(row.prompt)
-        if key in trained_on:
-            shared.setdefault(key, row.prompt)
+        digest = prompt_digest(row.prompt)
+        if contains(trained_on, digest):
+            shared.setdefault(digest, row.prompt)
     return tuple(shared.values())
+
+
+def prompt_digests(prompts: Iterable[Prompt]) -> Digests:
+    """The digests of the different prompts, in order: 8 bytes for each."""
+    return np.unique(np.fromiter(map(prompt_digest, prompts), np.uint64))
+
+
+def contains(digests: Digests, digest: int) -> bool:
+    """Whether a digest is among others that are in order."""
+    place = int(np.searchsorted(digests, np.uint64(digest)))
+    return place < len(digests) and int(digests[place]) == digest

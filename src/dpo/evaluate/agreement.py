@@ -16,10 +16,10 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo.config import Comparison
 from dpo.core.stats import Interval
 from dpo.evaluate.matchups import JudgedMatchup, Place
 from dpo.evaluate.records import Verdict
+from dpo.evaluation_config import Comparison
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """Order of the rows (first judge) and columns (second judge) of the counts."""

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo.atomic import storage_errors, write_text
-from dpo.config import EndpointConfig, is_loopback
 from dpo.errors import InputError
+from dpo.evaluation_config import EndpointConfig, is_loopback
 from dpo.train.reference import cache_folder
 
 FIRST_WAIT_SECONDS = 1.0

@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from dpo.config import EndpointConfig
 from dpo.data.prompts import as_text
 from dpo.evaluate.chat import Answer, ChatEndpoint
 from dpo.evaluate.matchups import Matchup
 from dpo.evaluate.records import Verdict
+from dpo.evaluation_config import EndpointConfig
 from dpo.progress import counting
 
 log = logging.getLogger("dpo")

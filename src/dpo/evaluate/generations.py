@@ -20,6 +20,7 @@ from dpo.data.tokenize import Encoder
 from dpo.evaluate.records import Generation
 from dpo.models.generate import generate
 from dpo.models.load import max_positions, tokenizer_digest, weights_digest
+from dpo.models.vllm_backend import VllmModel
 from dpo.train.prepare import encode_prompts
 
 CHUNK_BATCHES = 4
@@ -42,7 +43,7 @@ class Sampling:
 
 def sample_responses(
     name: str,
-    model: nn.Module,
+    model: nn.Module | VllmModel,
     encoder: Encoder,
     rows: Sequence[PreferenceRow],
     sampling: Sampling,
@@ -89,16 +90,17 @@ def sample_responses(
     return found
 
 
-def _identity(model: nn.Module, encoder: Encoder) -> list[str]:
+def _identity(model: nn.Module | VllmModel, encoder: Encoder) -> list[str]:
     """What of a model decides its responses: weights, configuration, tokenizer."""
     config: Any = model.config
     settings = {k: v for k, v in config.to_dict().items() if k not in NO_PART_OF_A_MODEL}
     digest = tokenizer_digest(encoder.tokenizer)
-    return [weights_digest(model), json.dumps(settings, sort_keys=True, default=str), digest]
+    weights = model.identity() if isinstance(model, VllmModel) else weights_digest(model)
+    return [weights, json.dumps(settings, sort_keys=True, default=str), digest]
 
 
 def _sample(
-    model: nn.Module,
+    model: nn.Module | VllmModel,
     encoder: Encoder,
     prompts: Sequence[list[int]],
     places: Sequence[tuple[int, int]],
@@ -107,18 +109,21 @@ def _sample(
     progress: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Responses at those places: (row, sample)."""
-    responses = generate(
-        model,
-        [prompts[index] for index, _ in places],
-        keys=[f"{temperature:g}/{index}/{sample}" for index, sample in places],
-        temperature=temperature,
-        max_new_tokens=sampling.max_new_tokens,
-        stop_ids=encoder.stop_ids,
-        seed=sampling.seed,
-        batch_size=sampling.batch_size,
-        precision=sampling.precision,
-        progress=progress,
-    )
+    asked = [prompts[index] for index, _ in places]
+    options: dict[str, Any] = {
+        "keys": [f"{temperature:g}/{index}/{sample}" for index, sample in places],
+        "temperature": temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "stop_ids": encoder.stop_ids,
+        "seed": sampling.seed,
+        "progress": progress,
+    }
+    if isinstance(model, VllmModel):
+        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        responses = model.generate(asked, longest=longest, **options)
+    else:
+        options |= {"batch_size": sampling.batch_size, "precision": sampling.precision}
+        responses = generate(model, asked, **options)
     return [
         {
             "generated": encoder.decode(response.ids),

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo.atomic import write_json, write_text
-from dpo.config import Comparison
 from dpo.core.stats import clustered_wilson_interval, holm, mcnemar_exact
 from dpo.evaluate.agreement import Agreement, agreement_table
 from dpo.evaluate.judges import Judge
 from dpo.evaluate.matchups import JudgedMatchup, Matchup, judged
 from dpo.evaluate.records import prompts_won
 from dpo.evaluate.tables import csv_text
+from dpo.evaluation_config import Comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from dpo.atomic import clean_up, lock_folder, storage_errors
-from dpo.config import EvaluateConfig, ModelConfig
+from dpo.config import ModelConfig
+from dpo.data.prompts import PromptTemplate, load_template
 from dpo.data.rows import PreferenceRow
-from dpo.data.split import prompt_digest
+from dpo.data.split import contains, prompt_digest
 from dpo.data.synthetic import World
 from dpo.errors import InputError
 from dpo.evaluate.embeddings import EmbeddingCache
@@ -26,7 +29,9 @@ from dpo.evaluate.sbert import SentenceScorer, load_sentence_model
 from dpo.evaluate.tables import write_results
 from dpo.evaluate.true_reward import RewardRow, true_reward_table, write_true_rewards
 from dpo.evaluate.winrate import WinRateRow, null_responses, score_generations, win_rate_table
-from dpo.models.load import find_model, max_positions
+from dpo.evaluation_config import EvaluateConfig
+from dpo.models.load import check_vocabulary, find_model, load_tokenizer, max_positions
+from dpo.models.vllm_backend import VllmModel, check_servable, check_temperature, need_vllm
 from dpo.progress import counting
 from dpo.train.prepare import (
     SplitData,
@@ -35,7 +40,7 @@ from dpo.train.prepare import (
     make_encoder,
     seeded_choice,
 )
-from dpo.train.run import load_train_prompts
+from dpo.train.run import train_prompts
 from dpo.train.session import open_policy
 
 log = logging.getLogger("dpo")
@@ -107,8 +112,11 @@ def open_evaluation(config: EvaluateConfig, *, trust_remote_code: bool = False) 
             prompt, or another process is working in the folder.
         StorageError: the folder cannot be written.
     """
+    check_backend(config)
     for name, path in config.models.items():  # before anything is loaded
-        find_model(path, key=f"models.{name}")
+        source = find_model(path, trust_remote_code=trust_remote_code, key=f"models.{name}")
+        if config.backend == "vllm":
+            check_servable(source)
     data = load_preferences(config.data)
     rows = held_out_rows(data, config.max_prompts, config.seed)
     for name, path in config.models.items():
@@ -126,6 +134,18 @@ def open_evaluation(config: EvaluateConfig, *, trust_remote_code: bool = False) 
         yield Opened(data, rows, embed, judges)
 
 
+def check_backend(config: EvaluateConfig) -> None:
+    """Refuse what cannot be sampled with, before anything is.
+
+    Raises:
+        InputError: vLLM is asked for and cannot be had, or does not take a temperature.
+    """
+    if config.backend == "vllm":
+        need_vllm()
+        for temperature in config.temperatures:
+            check_temperature(temperature)
+
+
 def origin(config: EvaluateConfig, data: SplitData[PreferenceRow]) -> dict[str, object]:
     """How an evaluation's numbers came to be, for its files: settings and the data's digest."""
     return {**config.model_dump(mode="json", exclude={"out"}), "data_sha256": data.sha256}
@@ -135,17 +155,17 @@ def held_out_rows(
     data: SplitData[PreferenceRow], max_prompts: int, seed: int
 ) -> list[PreferenceRow]:
     """One held-out row for each prompt (its first), at most `max_prompts`, by a seeded choice."""
-    first: dict[int, PreferenceRow] = {}
-    for row in data.test:
+    first: dict[int, int] = {}
+    for number, row in enumerate(data.test):
         if row.chosen != row.rejected:
-            first.setdefault(prompt_digest(row.prompt), row)
+            first.setdefault(prompt_digest(row.prompt), number)
     rows = list(first.values())
     if len(rows) < 2:
         raise InputError(
             f"data: {len(rows)} held-out prompts have a pair of two different responses; expected "
             "at least 2, since the null responses answer with another prompt's."
         )
-    return [rows[i] for i in seeded_choice(len(rows), max_prompts, seed=seed)]
+    return [data.test[rows[i]] for i in seeded_choice(len(rows), max_prompts, seed=seed)]
 
 
 def check_held_out(name: str, path: str, rows: Sequence[PreferenceRow], *, allow: bool) -> None:
@@ -154,11 +174,11 @@ def check_held_out(name: str, path: str, rows: Sequence[PreferenceRow], *, allow
     Raises:
         InputError: some of the prompts are in the run's training prompts, and `allow` is False.
     """
-    trained = load_train_prompts(Path(path).expanduser())
+    trained = train_prompts(Path(path).expanduser())
     if trained is None:
         log.info("models.%s: %s does not say which prompts it was trained on.", name, path)
         return
-    shared = sum(prompt_digest(row.prompt) in trained for row in rows)
+    shared = sum(contains(trained, prompt_digest(row.prompt)) for row in rows)
     if shared and not allow:
         raise InputError(
             f"models.{name}: {path} was trained on {shared} of the {len(rows)} held-out prompts; "
@@ -180,27 +200,61 @@ def generate_with(
     trust_remote_code: bool = False,
 ) -> list[Generation]:
     """One model's responses, prompted with the template that it was trained with."""
-    policy = open_policy(ModelConfig(path=path), [], config.seed, trust_remote_code)
-    template = choose_template(
-        config.data.template,
-        policy.template,
-        shape=data.shape,
-        conversational=data.conversational,
-    )
-    positions = max_positions(policy.model)
-    encoder = make_encoder(
-        policy.tokenizer, template, max_length=config.data.max_length, positions=positions
-    )
-    sampling = Sampling(
-        temperatures=tuple(config.temperatures),
-        samples_per_prompt=config.samples_per_prompt,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        precision=config.precision,
-        seed=config.seed,
-    )
-    folder = Path(config.out) / GENERATIONS
-    return sample_responses(name, policy.model, encoder, rows, sampling, folder, progress=progress)
+    with open_responder(path, config, trust_remote_code=trust_remote_code) as responder:
+        template = choose_template(
+            config.data.template,
+            responder.template,
+            shape=data.shape,
+            conversational=data.conversational,
+        )
+        encoder = make_encoder(
+            responder.tokenizer,
+            template,
+            max_length=config.data.max_length,
+            positions=max_positions(responder.model),
+        )
+        sampling = Sampling(
+            temperatures=tuple(config.temperatures),
+            samples_per_prompt=config.samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            precision=config.precision,
+            seed=config.seed,
+        )
+        folder = Path(config.out) / GENERATIONS
+        return sample_responses(
+            name, responder.model, encoder, rows, sampling, folder, progress=progress
+        )
+
+
+class Responder(NamedTuple):
+    """What answers prompts, and how they are written for it."""
+
+    model: nn.Module | VllmModel
+    tokenizer: Any
+    template: PromptTemplate | None
+
+
+@contextmanager
+def open_responder(
+    path: str, config: EvaluateConfig, *, trust_remote_code: bool
+) -> Iterator[Responder]:
+    """A model in transformers or in vLLM, whichever the backend is.
+
+    Raises:
+        InputError: there is no such model, its tokenizer does not fit it, or it cannot be served.
+    """
+    if config.backend == "transformers":
+        policy = open_policy(ModelConfig(path=path), [], config.seed, trust_remote_code)
+        yield Responder(policy.model, policy.tokenizer, policy.template)
+        return
+    source = find_model(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source)
+    served = VllmModel(source, batch_size=config.batch_size, precision=config.precision)
+    with closing(served):
+        check_vocabulary(served.config.get_text_config().vocab_size, tokenizer, name=path)
+        template = load_template(Path(source.path)) if source.local else None
+        yield Responder(served, tokenizer, template)
 
 
 def judge(

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo.config import EvaluateConfig, JudgeName, RewardSourceConfig
+from dpo.config import RewardSourceConfig
 from dpo.data.rows import Prompt
 from dpo.evaluate.endpoint import open_endpoint_judge
 from dpo.evaluate.matchups import Matchup
 from dpo.evaluate.records import Verdict
 from dpo.evaluate.sbert import TIE_TOLERANCE, SentenceScorer, cosine_margins
+from dpo.evaluation_config import EvaluateConfig, JudgeName
 from dpo.train.reward_source import RewardFunction, open_reward
 
 Floats = NDArray[np.float64]

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
-from dpo.config import Comparison
 from dpo.data.rows import PreferenceRow, Prompt
 from dpo.evaluate.records import Generation, Verdict
+from dpo.evaluation_config import Comparison
 
 CHOSEN, REJECTED = "chosen", "rejected"
 """Names of the data's own responses as sides of a comparison."""

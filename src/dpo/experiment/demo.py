@@ -21,11 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo.atomic import write_json, write_text
-from dpo.config import EvaluateConfig, PreferenceConfig, SFTConfig, validate
+from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config_files import validate
 from dpo.data.sources import write_jsonl
 from dpo.data.synthetic import World, label_pairs
 from dpo.evaluate.jobs import Evaluation, evaluate
 from dpo.evaluate.winrate import WinRateRow
+from dpo.evaluation_config import EvaluateConfig
 from dpo.experiment.embedded import (
     MAX_NEW_TOKENS,
     TEST_FRACTION,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo.atomic import replace_folder
-from dpo.config import SFTConfig, validate
+from dpo.config import SFTConfig
+from dpo.config_files import validate
 from dpo.data.prompts import resolve_template
 from dpo.data.synthetic import demonstrations
 from dpo.data.tokenize import Encoder

@@ -14,9 +14,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class FitSettings(Section):
     """How long and how fast a loss is followed; the rate falls linearly to 0."""
 
-    steps: Count
-    batch_size: Count
-    learning_rate: Positive
+    steps: Count = Field(description="Gradient steps.")
+    batch_size: Count = Field(description="Rows of a step.")
+    learning_rate: Positive = Field(description="At the start.")
 
 
 class PPOSettings(Section):
@@ -24,7 +24,7 @@ class PPOSettings(Section):
     (arXiv:1909.08593); future rewards are not discounted.
     """
 
-    rounds: Count = Field(40, description="How often responses are drawn.")
+    rounds: Count = Field(30, description="How often responses are drawn.")
     rollouts: Count = Field(512, description="Responses drawn in a round.")
     epochs: Count = Field(2, description="Passes over the rollouts of a round.")
     minibatch_size: Count = Field(128, description="Responses of an optimizer step.")
@@ -59,22 +59,22 @@ class ExactStudyConfig(Section):
     """Which methods at which strengths, on how much data, for how long."""
 
     out: str = Field(description="The study's folder.")
-    seeds: list[Seed] = Field([6, 7, 8], min_length=1)
+    seeds: list[Seed] = Field([6, 7, 8], min_length=1, description="Each has runs of its own.")
     processes: Count = Field(2, description="Half seeds at the same time, each with one thread.")
     demonstrations: Count = Field(4_000, description="Responses that the reference imitates.")
     reference: FitSettings = FitSettings(steps=300, batch_size=128, learning_rate=1e-3)
     pairs: Count = Field(20_000, description="Labelled pairs of the reference's responses.")
     offline: FitSettings = Field(
-        FitSettings(steps=500, batch_size=128, learning_rate=1e-3), description="On pairs."
+        FitSettings(steps=400, batch_size=128, learning_rate=1e-3), description="On pairs."
     )
-    reward_model: FitSettings = FitSettings(steps=1_200, batch_size=128, learning_rate=1e-3)
+    reward_model: FitSettings = FitSettings(steps=1_000, batch_size=128, learning_rate=1e-3)
     ppo: PPOSettings = PPOSettings()
     online: OnlineSettings = OnlineSettings()
-    betas: list[Positive] = Field([1.0, 0.5, 0.3, 0.1], min_length=1, description="DPO's.")
+    betas: list[Positive] = Field([1.0, 0.3, 0.1], min_length=1, description="DPO's.")
     on_policy_betas: list[Positive] = Field(
         [1.0, 0.3, 0.1], min_length=1, description="Of PPO and online DPO."
     )
-    ipo_betas: list[Positive] = Field([0.17, 0.08, 0.05], description="IPO's tau.")
+    ipo_betas: list[Positive] = Field([0.17, 0.05], description="IPO's tau.")
     unlikelihood_alphas: list[Positive] = Field([0.3, 1.0], description="Its weight.")
     best_of: list[Count] = Field([2, 4, 16, 64, 256], description="Responses to choose from.")
     beta: Positive = Field(1.0, description="Where one effect is studied; one of both lists.")

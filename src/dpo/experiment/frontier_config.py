@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from dpo.config import PreferenceConfig, RewardConfig, RunConfig, nested, validate
+from dpo.config import PreferenceConfig, RewardConfig, RunConfig
+from dpo.config_files import nested, validate
 from dpo.data.order import steps_per_epoch
 from dpo.data.synthetic import KINDS, all_facts
 from dpo.errors import InputError
@@ -58,7 +59,7 @@ class Budget(Section):
     """Of every method that learns from the pairs; the others' are in their settings."""
 
     steps: Count = Field(120, description="Gradient steps.")
-    pairs_per_step: Count = 32
+    pairs_per_step: Count = Field(32, description="Of a gradient step.")
     learning_rate: Positive = Field(1e-4, description="Peak; it falls linearly to 0.")
 
 
@@ -66,7 +67,7 @@ class FrontierConfig(Section):
     """Which methods at which strengths, on how much data, for how long."""
 
     out: str = Field(description="The study's folder.")
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2, 3], min_length=1, description="Each has runs of its own.")
     processes: Count = Field(2, description="Runs at the same time, each with one thread.")
     quick: bool = Field(False, description="A small form of it in less than three minutes.")
     sft_steps: Count = Field(700, description="Optimizer steps of SFT.")
@@ -86,7 +87,9 @@ class FrontierConfig(Section):
         description="Methods and their strengths: beta, IPO's tau, a learning rate, alpha, PPO's "
         "KL coefficient.",
     )
-    best_of: list[Count] = Field([1, 2, 4, 8, 16, 32, 64], min_length=1)
+    best_of: list[Count] = Field(
+        [1, 2, 4, 8, 16, 32, 64], min_length=1, description="Responses to choose from."
+    )
     settings: Annotated[dict[str, dict[str, Any]], BeforeValidator(dotted_for_each)] = Field(
         default=TUNED,
         description="Settings of the command that trains a method or the reward model: "

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpo.atomic import write_json
-from dpo.config import DataConfig, RewardSourceConfig, RunConfig, validate
+from dpo.config import DataConfig, RewardSourceConfig, RunConfig
+from dpo.config_files import validate
 from dpo.core.frontier import Point
 from dpo.data.synthetic import World
 from dpo.evaluate.frontier import (

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from dpo.atomic import write_json
-from dpo.config import DataConfig, EvaluateConfig, validate
+from dpo.config import DataConfig
+from dpo.config_files import validate
 from dpo.core.stats import holm, mean_interval, paired_permutation
 from dpo.data.rows import PreferenceRow
 from dpo.data.synthetic import World
@@ -22,6 +23,7 @@ from dpo.evaluate.records import Generation
 from dpo.evaluate.sbert import load_sentence_model
 from dpo.evaluate.true_reward import RewardRow, true_reward_table
 from dpo.evaluate.winrate import WinRateRow, null_responses, score_generations, win_rate_table
+from dpo.evaluation_config import EvaluateConfig
 from dpo.experiment.embedded import (
     MAX_NEW_TOKENS,
     TEST_FRACTION,

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from dpo.atomic import jsonable, write_json
-from dpo.config import PreferenceConfig, nested, validate
+from dpo.config import PreferenceConfig
+from dpo.config_files import nested, validate
 from dpo.data.sources import write_jsonl
 from dpo.data.synthetic import World
 from dpo.errors import DivergedError, InputError
@@ -48,7 +49,7 @@ class LossStudyConfig(Section):
     """Which losses, from which start, for how long."""
 
     out: Folder = Field(description="The study's folder.")
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="Each has runs of its own.")
     names: list[str] | None = Field(None, min_length=1, description="Losses; all by default.")
     steps: Count = Field(100, description="Optimizer steps of each loss.")
     responses_per_step: Annotated[int, Field(ge=LIST_SIZE, multiple_of=LIST_SIZE)] = Field(

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo.atomic import replace_file, replace_folder, write_json
-from dpo.config import ModelConfig, RewardSourceConfig, validate
+from dpo.config import ModelConfig, RewardSourceConfig
+from dpo.config_files import validate
 from dpo.data.order import epoch_order
 from dpo.data.reviews import (
     Review,

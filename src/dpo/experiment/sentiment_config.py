@@ -7,16 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dpo.config import (
-    ModelConfig,
-    PreferenceConfig,
-    RewardConfig,
-    SFTConfig,
-    Sources,
-    nested,
-    shorthand,
-    validate,
-)
+from dpo.config import ModelConfig, PreferenceConfig, RewardConfig, SFTConfig, Sources
+from dpo.config_files import nested, validate
 from dpo.errors import InputError
 from dpo.experiment.frontier_config import (
     ALL,
@@ -36,7 +28,7 @@ from dpo.experiment.methods import (
     refuse_own,
 )
 from dpo.online_config import OnlineConfig, PPOConfig
-from dpo.sections import Count, Folder, Positive, Section, Seed
+from dpo.sections import Count, Folder, Positive, Section, Seed, shorthand
 
 DATA = "data"
 CLASSIFIER = "classifier"
@@ -121,14 +113,16 @@ class MeasureConfig(Section):
     reference_samples: Annotated[int, Field(ge=2)] = Field(
         256, description="Of the SFT model for each, for best-of-n and the optimum."
     )
-    best_of: list[Count] = Field([1, 2, 4, 8, 16, 32, 64], min_length=1)
+    best_of: list[Count] = Field(
+        [1, 2, 4, 8, 16, 32, 64], min_length=1, description="Responses to choose from."
+    )
 
 
 class SentimentConfig(Section):
     """Which model and reviews, which reward, which methods at which strengths."""
 
     out: Folder = Field(description="The study's folder.")
-    seeds: list[Seed] = Field([0], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1, description="Each has runs of its own.")
     processes: Count = Field(1, description="Runs at the same time, each with one thread.")
     quick: bool = Field(False, description="A small form of it, in a folder beside it.")
     model: Annotated[ModelConfig, BeforeValidator(shorthand)] = ModelConfig(path="gpt2-large")

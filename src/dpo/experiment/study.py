@@ -15,19 +15,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from dpo.atomic import write_json
-from dpo.config import (
-    EvaluateConfig,
-    PreferenceConfig,
-    RewardConfig,
-    RewardSourceConfig,
-    RunConfig,
-    SFTConfig,
-)
+from dpo.config import PreferenceConfig, RewardConfig, RewardSourceConfig, RunConfig, SFTConfig
 from dpo.core.best_of_n import best_of_n_kl_bound
 from dpo.data.rows import PreferenceRow
 from dpo.evaluate.best_of_n import best_of_each
 from dpo.evaluate.jobs import Evaluation, generate_with, judge, open_evaluation
 from dpo.evaluate.records import Generation
+from dpo.evaluation_config import EvaluateConfig
 from dpo.experiment.engines import in_processes, on_ray, open_ray
 from dpo.experiment.frontier_results import MODELS, own_cost, with_reward_model
 from dpo.experiment.study_config import Cell, Plan, best_of_label

@@ -10,24 +10,16 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dpo.config import (
-    DataConfig,
-    EvaluateConfig,
-    ModelConfig,
-    PreferenceConfig,
-    RewardConfig,
-    RunConfig,
-    SFTConfig,
-    nested,
-    shorthand,
-    validate,
-)
+from dpo.config import DataConfig, ModelConfig, PreferenceConfig, RewardConfig, RunConfig, SFTConfig
+from dpo.config_files import nested, validate
 from dpo.errors import InputError
+from dpo.evaluate.jobs import check_backend
+from dpo.evaluation_config import EvaluateConfig
 from dpo.experiment.methods import METHOD_KINDS, REWARD_MODEL, Dotted, dotted, refuse_own
 from dpo.online_config import PPOConfig
 from dpo.report.exact_study import BEST_OF_RM, DPO
 from dpo.report.study_results import SFT
-from dpo.sections import Count, Folder, Section, Seed
+from dpo.sections import Count, Folder, Section, Seed, shorthand
 
 BASE = "base"
 OWN_SETTINGS = ("model", "data", "out", "seed")
@@ -82,7 +74,7 @@ class StudyConfig(Section):
         description="What SFT starts from."
     )
     data: Annotated[DataConfig, BeforeValidator(shorthand)] = DataConfig()
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="Each has runs of its own.")
     processes: Count | None = Field(
         None,
         description="Runs at the same time, each a process with one thread, so that its memory can "
@@ -191,6 +183,7 @@ def plan(config: StudyConfig) -> Plan:
         models = {BASE: config.model.path, **models}
         labels = {BASE: (BASE, config.seeds[0]), **labels}
     evaluation = _evaluation(config, models)
+    _check_backend(evaluation, cells)
     _check_room(config, evaluation, rivals)
     best_of = config.rivals.best_of_n
     n = None if best_of is None else best_of.n
@@ -298,6 +291,17 @@ def _evaluation(config: StudyConfig, models: dict[str, str]) -> EvaluateConfig:
         "out": str(Path(config.out) / "evaluation"),
     }
     return validate(EvaluateConfig, values, where="evaluation")
+
+
+def _check_backend(evaluation: EvaluateConfig, cells: Sequence[Cell]) -> None:
+    """Refuse a backend that could not sample from what the runs leave."""
+    check_backend(evaluation)
+    adapted = [cell.name for cell in cells if getattr(cell.config, "adapter", None) is not None]
+    if evaluation.backend == "vllm" and adapted:
+        raise InputError(
+            f"evaluation.backend: {adapted[0]} leaves an adapter, and vLLM is given whole models; "
+            "leave evaluation.backend out."
+        )
 
 
 def _check_room(config: StudyConfig, evaluation: EvaluateConfig, rivals: Sequence[Cell]) -> None:

@@ -244,20 +244,13 @@ def _with_saved_adapter(
     source: ModelSource, *, quantize: str | None = None, pure_bf16: bool = False
 ) -> nn.Module:
     """The base that an adapter's folder names, with the adapter on it."""
-    peft = _peft()
     folder = Path(source.path)
+    config = _saved_config(source)
     try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
         weights = load_file(folder / ADAPTER_WEIGHTS)
-    except Exception as error:  # peft and safetensors raise their own types
+    except Exception as error:  # safetensors raises its own types
         raise explain(error, "adapter", source) from error
-    _check_known(config, folder)
-    base = find_model(
-        config.base_model_name_or_path or "",
-        revision=config.revision,
-        trust_remote_code=source.trust_remote_code,
-        key=f"{folder}: the base of its adapter",
-    )
+    base = _base_of(source, config)
     model = open_model(base) if holds_adapter(base) else load_model(base, quantize=quantize)
     if quantize is None:
         _bases[model] = weights_digest(model)
@@ -276,6 +269,38 @@ def _with_saved_adapter(
     for name, tensor in own.items():
         tensor.copy_(given[name])
     return model
+
+
+def _saved_config(source: ModelSource) -> Any:
+    """How the adapter of a folder is made."""
+    peft = _peft()
+    try:
+        config = peft.PeftConfig.from_pretrained(source.path)
+    except Exception as error:  # peft raises its own types
+        raise explain(error, "adapter", source) from error
+    _check_known(config, Path(source.path))
+    return config
+
+
+def _base_of(source: ModelSource, config: Any) -> ModelSource:
+    """The model that an adapter's folder names as its base."""
+    return find_model(
+        config.base_model_name_or_path or "",
+        revision=config.revision,
+        trust_remote_code=source.trust_remote_code,
+        key=f"{source.path}: the base of its adapter",
+    )
+
+
+def model_below(source: ModelSource) -> ModelSource:
+    """The whole model that lies below the adapters of a folder; the folder's own where it has none.
+
+    Raises:
+        InputError: an adapter that is damaged or of a kind that we do not know, or no such base.
+    """
+    while holds_adapter(source):
+        source = _base_of(source, _saved_config(source))
+    return source
 
 
 def _check_known(config: Any, folder: Path) -> None:

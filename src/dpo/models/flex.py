@@ -3,6 +3,11 @@
 A GPU spends its time on starting small kernels where trees are attended to one by one. Here the
 whole row is one product under a mask, and tiles of the mask in which nothing is seen are skipped.
 
+Rows are of any length, and the kernel is compiled anew for each length it meets, or once for all of
+them and then slower. So queries, keys and values are padded to one of few lengths (`bucket`), for
+each of which there is one kernel. A padded place sees itself alone and nobody sees it: nothing
+changes but the work, of one more tile for every 128 padded places.
+
 None of this has been run on a GPU yet. What a CPU can check is checked: the mask against sequences
 one by one, outputs and gradients of torch's own uncompiled form against the trees' attention.
 
@@ -47,6 +52,15 @@ def serves(query: Tensor, value: Tensor, *, dropout: float) -> bool:
     )
 
 
+def bucket(tokens: int) -> int:
+    """The length that a row is padded to: a tile, times a power of two.
+
+    >>> [bucket(tokens) for tokens in (1, 128, 129, 700, 4096)]
+    [128, 128, 256, 1024, 4096]
+    """
+    return TILE << ((tokens - 1) // TILE).bit_length()
+
+
 def row_attention(
     query: Tensor,
     key: Tensor,
@@ -72,10 +86,9 @@ def row_attention(
         # As torch's own attention does; rotary embeddings leave queries in float32, values not.
         dtype = torch.get_autocast_dtype(device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    tokens = query.shape[2]
     output: Tensor = kernel()(
-        query,
-        key,
-        value,
+        *(_padded(x) for x in (query, key, value)),
         score_mod=None if softcap is None else soft_cap(softcap),
         block_mask=block_mask(trees, window, device),
         scale=scaling,
@@ -83,19 +96,38 @@ def row_attention(
         # Else rows under 128 tokens take a kernel for decoding, which cannot be trained.
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
-    return output
+    return output[:, :, :tokens]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """(1, H, T, D) with zeros up to the bucket's length, laid out as tokens of heads, (1, T, H, D).
+
+    Always a copy: a layout of its own for rows that fill their bucket would be a kernel of its own.
+    """
+    missing = bucket(x.shape[2]) - x.shape[2]
+    return pad(x.transpose(1, 2), (0, 0, 0, 0, 0, missing)).contiguous().transpose(1, 2)
 
 
 @cache
 def kernel() -> Callable[..., Any]:
-    """The compiled kernel: compiled for the first row's length, then once for all lengths; again
-    for other heads, with and without gradients, for rows of one tile.
+    """The compiled kernel: one for each bucket that comes, with gradients and without; others for
+    other heads, types and caps.
     """
     # After eight of these torch would take its uncompiled form, a square of the row's length for
     # every head; `fullgraph` makes that an error.
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(64, limits.recompile_limit)
-    return torch.compile(flex_attention, fullgraph=True)
+    return compiled()
+
+
+def compiled(**options: Any) -> Callable[..., Any]:
+    """Torch's attention, compiled for lengths that are known: it leaves out the checks of the last
+    tile then (IS_DIVISIBLE in torch/_inductor/kernel/flex).
+
+    Args:
+        options: of `torch.compile`.
+    """
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False, **options)
 
 
 def soft_cap(cap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -109,18 +141,18 @@ def soft_cap(cap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], T
 
 @lru_cache(maxsize=8)
 def block_mask(trees: tuple[Tree, ...], window: int | None, device: torch.device) -> BlockMask:
-    """What a row's tokens see, by tile: nothing, all, or what `mask_mod` says of each pair.
+    """What a padded row's tokens see, by tile: nothing, all, or what `mask_mod` says of each pair.
 
     All layers of a forward pass, its repetition under gradient checkpointing and other models on
     the same row find the same one: it is kept for the rows seen last. A square of the row's length
     never exists, only one row of tiles at a time.
     """
-    tokens = sum(tree.num_tokens for tree in trees)
+    length = bucket(sum(tree.num_tokens for tree in trees))
     sees = mask_mod(trees, window, device)
     nothing = torch.zeros((), dtype=torch.int64, device=device)
-    keys = torch.arange(tokens, device=device)
+    keys = torch.arange(length, device=device)
     rows = [sees(nothing, nothing, q[:, None], keys).sum(0) for q in keys.split(TILE)]
-    counts = pad(torch.stack(rows), (0, -tokens % TILE)).unflatten(1, (-1, TILE)).sum(2)
+    counts = torch.stack(rows).unflatten(1, (-1, TILE)).sum(2)
     counts = counts[None, None]
     full = counts == TILE * TILE
     return BlockMask.from_kv_blocks(
@@ -128,7 +160,7 @@ def block_mask(trees: tuple[Tree, ...], window: int | None, device: torch.device
         *_listed(full),
         BLOCK_SIZE=TILE,
         mask_mod=sees,
-        seq_lengths=(tokens, tokens),
+        seq_lengths=(length, length),
     )
 
 
@@ -139,15 +171,26 @@ def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_mod(trees: tuple[Tree, ...], window: int | None, device: torch.device) -> MaskMod:
-    """Whether query q sees key k, both counted along the row.
+    """Whether query q sees key k, both counted along the padded row.
 
     `tree_q = tree_k and (branch_k = 0 or branch_k = branch_q) and 0 <= pos_q - pos_k < window`
 
-    with the branch of a stem 0, and positions as in the sequence of each token.
+    with the branch of a stem 0, and positions as in the sequence of each token. Padding is a tree
+    of its own with a window of 1: a query that sees no key would have a softmax over nothing.
     """
-    tree, branch, position = (numbers.to(device) for numbers in token_numbers(trees))
+    tree, branch, position = token_numbers(trees)
     # A tensor in any case: a number would have the kernel compiled again for another window.
     oldest = torch.zeros_like(position) if window is None else position - window + 1
+    padding = torch.arange(bucket(len(tree)) - len(tree), dtype=torch.int32)
+    tree, branch, position, oldest = (
+        torch.cat([numbers, of_padding]).to(device)
+        for numbers, of_padding in [
+            (tree, torch.full_like(padding, -1)),
+            (branch, torch.zeros_like(padding)),
+            (position, padding),
+            (oldest, padding),
+        ]
+    )
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         in_sequence = (tree[q] == tree[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))

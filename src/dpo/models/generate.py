@@ -136,7 +136,17 @@ def generate(
             `max_new_tokens` within the model's positions.
         DivergedError: the model's logits are not finite.
     """
-    _check(model, prompts, keys, temperature, max_new_tokens, batch_size)
+    positions = max_positions(model)
+    check_sampling(
+        prompts,
+        keys,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        positions=positions,
+        room=positions + 1 - max_new_tokens,  # the last new token is never fed
+    )
+    if batch_size < 1:
+        raise InputError(f"sampling: batch_size must be at least 1, not {batch_size}.")
     responses: dict[int, SampledResponse] = {}
     device = next(model.parameters()).device
     context = precision_context(precision, device)
@@ -155,36 +165,42 @@ def generate(
             )
             new = (decode if plain else decode_by_transformers)(model, batch)
             for i, ids in zip(rows, new.tolist(), strict=True):
-                responses[i] = _until_stop(ids, set(stop_ids))
+                responses[i] = until_stop(ids, set(stop_ids))
             progress(len(rows))
     return [responses[i] for i in range(len(prompts))]
 
 
-def _check(
-    model: nn.Module,
+def check_sampling(
     prompts: Sequence[Sequence[int]],
     keys: Sequence[str],
+    *,
     temperature: float,
     max_new_tokens: int,
-    batch_size: int,
+    positions: int,
+    room: int,
 ) -> None:
+    """Refuse what cannot be sampled, whoever samples.
+
+    Args:
+        positions: of the model.
+        room: how many tokens of a prompt they leave.
+
+    Raises:
+        InputError: an argument is out of range, or a prompt is empty or leaves no room.
+    """
     if len(keys) != len(prompts):
         raise InputError(f"sampling: {len(prompts)} prompts need as many keys; got {len(keys)}.")
     if not 0 <= temperature < math.inf:
         raise InputError(f"sampling: the temperature must be 0 or more, not {temperature}.")
-    if max_new_tokens < 1 or batch_size < 1:
-        raise InputError(
-            "sampling: max_new_tokens and batch_size must be at least 1, "
-            f"not {max_new_tokens} and {batch_size}."
-        )
-    room = max_positions(model) + 1 - max_new_tokens  # the last new token is never fed
+    if max_new_tokens < 1:
+        raise InputError(f"sampling: max_new_tokens must be at least 1, not {max_new_tokens}.")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise InputError(f"sampling: prompt {i} has no tokens.")
         if len(prompt) > room:
             raise InputError(
                 f"sampling: prompt {i} has {len(prompt)} tokens; {max_new_tokens} new tokens leave "
-                f"room for {room} in the model's {max_positions(model)} positions."
+                f"room for {room} in the model's {positions} positions."
             )
 
 
@@ -209,7 +225,7 @@ def _batches(
     return batches
 
 
-def _until_stop(ids: Sequence[int], stop: set[int]) -> SampledResponse:
+def until_stop(ids: Sequence[int], stop: set[int]) -> SampledResponse:
     """The ids before the first stop token."""
     for position, token in enumerate(ids):
         if token in stop:

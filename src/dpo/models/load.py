@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2To
 from transformers.activations import NewGELUActivation
 
 from dpo.data.files import existing
-from dpo.errors import InputError
+from dpo.errors import InputError, did_you_mean_path
 
 log = logging.getLogger("dpo")
 
@@ -69,7 +69,8 @@ def find_model(
     folder = existing(name) if name else None
     if folder is None:
         if looks_like_a_path(name):
-            raise InputError(f"{key}: there is no folder {name}.")
+            hint = did_you_mean_path(name) or "."
+            raise InputError(f"{key}: there is no folder {name}{hint}")
         return ModelSource(name, False, revision, trust_remote_code)
     if revision is not None:
         raise InputError(f"{key}.revision: only a hub model has one; {name} is a folder here.")
@@ -115,7 +116,7 @@ def explain(error: Exception, what: str, source: ModelSource) -> InputError:
         return InputError(f"{source.path}: its {what} cannot be loaded: {reason[:300]}")
     return InputError(
         f"{source.path!r:.200} is no local folder, and its {what} cannot be had from the hub: "
-        f"{reason[:300]}"
+        f"{reason[:300]}{did_you_mean_path(source.path)}"
     )
 
 
@@ -268,7 +269,19 @@ def check_fit(model: nn.Module, tokenizer: Any, *, name: str) -> None:
     Raises:
         InputError: the tokenizer does not belong to the model.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    check_vocabulary(
+        int(model.get_input_embeddings().weight.shape[0]),  # type: ignore[operator]
+        tokenizer,
+        name=name,
+    )
+
+
+def check_vocabulary(rows: int, tokenizer: Any, *, name: str) -> None:
+    """The same of a model that has so many embeddings.
+
+    Raises:
+        InputError: the tokenizer does not belong to the model.
+    """
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise InputError(
@@ -277,9 +290,28 @@ def check_fit(model: nn.Module, tokenizer: Any, *, name: str) -> None:
         )
 
 
-def max_positions(model: nn.Module, *, default: int = 1_000_000) -> int:
-    """The longest sequence that the model's position embeddings allow, in tokens."""
-    config = model.config
+def max_positions(model: Any) -> int:
+    """The longest sequence that the model's position embeddings allow, in tokens.
+
+    Args:
+        model: whatever has the configuration of a transformers model.
+    """
+    return _positions(model.config)
+
+
+def positions_of(source: ModelSource) -> int:
+    """The same, without reading weights.
+
+    Raises:
+        InputError: there is no such model, or its configuration cannot be read.
+    """
+    try:
+        return _positions(AutoConfig.from_pretrained(source.path, **source.arguments()))
+    except Exception as error:
+        raise explain(error, "configuration", source) from error
+
+
+def _positions(config: Any, *, default: int = 1_000_000) -> int:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

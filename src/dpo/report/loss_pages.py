@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo.atomic import storage_errors, write_text
-from dpo.config import sections_of
+from dpo.config_files import sections_of
 from dpo.core.family import LOSSES, NOTATION, Loss, needs_reference, tensors
 from dpo.loss_config import LOSS_CONFIGS
 

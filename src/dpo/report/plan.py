@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dpo.config import nested, validate
+from dpo.config_files import nested, validate
 from dpo.core.machines import GIB, GPUS, UTILISATION, Machine
 from dpo.errors import InputError
 from dpo.plan_config import MachineConfig, PreferencePlanConfig, SFTPlanConfig
@@ -93,8 +93,7 @@ def machine_of(asked: MachineConfig) -> Machine:
     if asked.gpu is not None:
         return replace(GPUS[asked.gpu], **given)
     if given.keys() >= set(names):
-        given.setdefault("utilisation", UTILISATION)
-        return Machine(name="the machine given", **given)
+        return Machine(name="the machine given", **{"utilisation": UTILISATION} | given)
     return replace(this_machine(), **given)
 
 

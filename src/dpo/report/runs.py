@@ -45,12 +45,10 @@ def finish_run(folder: Path) -> None:
     A fall of log pi(chosen) while the margin grows is common in DPO and explained in the table.
     """
     metrics = read_metrics(folder)
-    if not _held_out(metrics):
-        raise InputError(f"{folder / 'metrics.jsonl'}: expected a run's metrics; it is damaged.")
+    last = run_ends(folder, metrics)["end"]
     run_curves_figure(metrics, folder / "figures" / "training")
     console = Console()
     console.print(run_table(folder, metrics))
-    last = _held_out(metrics)[-1]
     diagnosed = (folder / HELD_OUT).is_file()  # then its readings say this, pair by pair
     fell = last.get("eval/logps/chosen_change", 0.0) < 0 < last.get("eval/rewards/margin", 0.0)
     if fell and not diagnosed:
@@ -67,18 +65,29 @@ def _held_out(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def run_table(folder: Path, metrics: list[dict[str, Any]]) -> Table:
     """Held-out metrics before training, at the best step and at the end."""
-    held_out = _held_out(metrics)
-    best_step = read_manifest(folder).get("best_step", 0)
-    best = next((row for row in held_out if row["step"] == best_step), held_out[-1])
+    ends = run_ends(folder, metrics)
     table = Table(title=Text(str(folder)))
     table.add_column("held-out rows")
-    for name, row in (("start", held_out[0]), ("best", best), ("end", held_out[-1])):
+    for name, row in ends.items():
         table.add_column(f"{name} (step {row['step']})", justify="right")
     for key, name in SUMMARY:
-        if key in held_out[0]:
-            cells = [f"{float(row[key]):.4g}" for row in (held_out[0], best, held_out[-1])]
-            table.add_row(name, *cells)
+        if key in ends["start"]:
+            table.add_row(name, *(f"{float(row[key]):.4g}" for row in ends.values()))
     return table
+
+
+def run_ends(folder: Path, metrics: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The held-out metrics at the start, at the best step and at the end of a run.
+
+    Raises:
+        InputError: there are none.
+    """
+    held_out = _held_out(metrics)
+    if not held_out:
+        raise InputError(f"{folder / 'metrics.jsonl'}: expected a run's metrics; it is damaged.")
+    best_step = read_manifest(folder).get("best_step", 0)
+    best = next((row for row in held_out if row["step"] == best_step), held_out[-1])
+    return {"start": held_out[0], "best": best, "end": held_out[-1]}
 
 
 def finish_evaluation(evaluation: Evaluation) -> None:

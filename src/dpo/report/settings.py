@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo.config import sections_of
+from dpo.config_files import sections_of
 
 
 def print_settings(command: str, schema: type[BaseModel]) -> None:

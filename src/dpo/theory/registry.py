@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from dpo.errors import InputError
+from dpo.errors import InputError, did_you_mean
 
 Z_LIMIT = 4.5
 """Sampling checks compare a z-score with this: a true statement exceeds it once in 150,000 seeds.
@@ -105,6 +105,7 @@ def checks(names: Sequence[str] | None = None) -> list[Check]:
             raise InputError(
                 f"no theory check is called {name!r}; the ids are {', '.join(_REGISTRY)}, "
                 f"the chapters {', '.join(sorted({c.chapter for c in _REGISTRY.values()}))}"
+                f"{did_you_mean(name, _REGISTRY)}"
             )
         chosen.update(found)
     return [value for key, value in _REGISTRY.items() if key in chosen]

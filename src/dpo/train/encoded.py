@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,27 +12,20 @@ import torch
 from torch import Tensor
 
 from dpo.data.pack import packed_tokens
+from dpo.data.pairs import EncodedPair as EncodedPair  # "as": for others to import from here
+from dpo.data.pairs import Losses, encode_each
 from dpo.data.rows import PreferenceRow, RankedRow, UnpairedRow
+from dpo.data.stored_pairs import StoredPairs, stored_pairs
+from dpo.data.stored_rows import StoredRows
 from dpo.data.tokenize import Encoder, TokenSequence
-from dpo.train.prepare import check_dropped, report_cuts
+from dpo.models.load import tokenizer_digest
+from dpo.progress import counting
+from dpo.train.prepare import check_dropped, report_cuts, report_losses
+
+log = logging.getLogger("dpo")
 
 TIE_NATS = 1e-4
 """Log-ratios that differ by less are equal: sums of float32 log-probabilities carry such errors."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPair:
-    """A chosen and a rejected response after the same prompt tokens."""
-
-    chosen: TokenSequence
-    rejected: TokenSequence
-    source: str
-    scores: tuple[float, float] | None = None
-    subset: str = ""
-
-    @property
-    def sequences(self) -> tuple[TokenSequence, ...]:
-        return self.chosen, self.rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +64,27 @@ def num_tokens(row: Encoded) -> int:
 
 def encode_pairs(
     encoder: Encoder, rows: Sequence[PreferenceRow], *, max_dropped: float, what: str
-) -> list[EncodedPair]:
+) -> Sequence[EncodedPair]:
     """Pairs as tokens; those whose two responses are the same tokens teach nothing and are dropped.
+    Rows that are in a store become pairs in a store.
 
     Raises:
         InputError: more than the share `max_dropped` would be dropped.
     """
-    encoded = [encoder.encode(row.prompt, [row.chosen, row.rejected]) for row in rows]
-    report_cuts(encoded, what=what)
-    pairs = [
-        EncodedPair(pair.sequences[0], pair.sequences[1], row.source, row.scores, row.subset)
-        for pair, row in zip(encoded, rows, strict=True)
-        if pair.sequences[0] != pair.sequences[1]
-    ]
+    pairs: Sequence[EncodedPair]
+    if isinstance(rows, StoredRows):
+        digest = tokenizer_digest(encoder.tokenizer)
+        with counting(f"Tokenising {what}", len(rows)) as advance:
+            pairs, losses, found = stored_pairs(
+                encoder, rows, tokenizer_sha256=digest, progress=advance
+            )
+        log.info("%s: tokens %s the store.", what, "read from" if found else "written to")
+    else:
+        losses = Losses()
+        pairs = list(encode_each(encoder, rows, losses))
+    report_losses(losses, what=what)
     check_dropped(
-        len(rows) - len(pairs),
+        losses.num_dropped,
         len(rows),
         reason=f"{what}: chosen and rejected are the same tokens",
         allowed=max_dropped,
@@ -153,8 +153,8 @@ def _partner(rows: Sequence[UnpairedRow], i: int) -> UnpairedRow:
 class Kind:
     """How rows of one kind become the named tensors that its losses take."""
 
-    encode: Callable[..., list[Any]]
-    sequences: Callable[[Sequence[Any]], list[TokenSequence]]
+    encode: Callable[..., Sequence[Any]]
+    sequences: Callable[[Sequence[Any]], Sequence[TokenSequence]]
     """The sequences of some rows that carry the gradient, (S,)."""
     places: Callable[[Sequence[Any], Sequence[int]], list[int]]
     """Where the sequences of the rows with these numbers stand among those of all rows."""
@@ -169,8 +169,10 @@ class Kind:
 # -- pairs ---------------------------------------------------------------------------------------
 
 
-def sequences_of(pairs: Sequence[EncodedPair]) -> list[TokenSequence]:
+def sequences_of(pairs: Sequence[EncodedPair]) -> Sequence[TokenSequence]:
     """All chosen, then all rejected responses, (2B,)."""
+    if isinstance(pairs, StoredPairs):
+        return pairs.sequences
     return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
 
 

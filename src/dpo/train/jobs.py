@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 from dpo.config import DataConfig, PreferenceConfig, SFTConfig
 from dpo.data.prompts import as_text
+from dpo.data.stored_pairs import Joined
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
 from dpo.models.load import weights_digest
@@ -92,7 +95,7 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
     """
     objective = make_objective(config.loss)
     data = load_rows_for(objective.kind, config.data)
-    check_scores(objective, [*data.train, *data.test])
+    check_scores(objective, itertools.chain(data.train, data.test))
     policy = open_trained(config, [], trust_remote_code)
     if config.gradient_checkpointing:
         enable_recomputation(policy.model)
@@ -153,7 +156,7 @@ def _preference_method(
     in_loss = reference if objective.needs_reference else None
     if in_loss is not None and config.moving_reference is None:
         of_train = kind.sequences(train)
-        sequences = [*of_train, *kind.sequences(test)]
+        sequences = Joined(of_train, kind.sequences(test))
         with counting("Reference log-probabilities", len(sequences)) as advance:
             logps, cached = reference_logps(
                 in_loss.model,
@@ -188,8 +191,8 @@ def _warn_of_whole_batches(method: PreferenceMethod, config: PreferenceConfig) -
     """A batch that cannot be split may need more memory than the token budget says."""
     if not method.whole_batch:
         return
-    costs = sorted((method.num_tokens(row) for row in range(method.num_rows)), reverse=True)
-    most = sum(costs[: config.batch.size])
+    costs = (method.num_tokens(row) for row in range(method.num_rows))
+    most = sum(heapq.nlargest(config.batch.size, costs))
     if most > config.batch.max_tokens:
         log.warning(
             "The loss %s compares the rows of a batch, so a batch is not split: up to %d tokens "

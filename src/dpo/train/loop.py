@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 import math
 import resource
@@ -25,7 +26,12 @@ from dpo.models.recompute import recompute_without_dropout
 from dpo.progress import counting
 from dpo.train import checkpoint, ranks, sharding
 from dpo.train.background import CheckpointWriter
-from dpo.train.optimizers import denormals_as_zero, make_optimizer, stepping_in_backward
+from dpo.train.optimizers import (
+    BITSANDBYTES,
+    denormals_as_zero,
+    make_optimizer,
+    stepping_in_backward,
+)
 from dpo.train.run import Run
 from dpo.train.schedule import learning_rate
 from dpo.train.stopping import GO_ON, stop_after_step
@@ -289,8 +295,8 @@ def check_one_pass(method: Method, config: RunConfig) -> None:
     if method.whole_batch:
         return
     assert isinstance(method, PlainMethod)
-    costs = sorted((method.num_tokens(row) for row in range(method.num_rows)), reverse=True)
-    most = sum(costs[: config.batch.size])
+    costs = (method.num_tokens(row) for row in range(method.num_rows))
+    most = sum(heapq.nlargest(config.batch.size, costs))
     if most > config.batch.max_tokens:
         raise InputError(
             f"optimizer.in_backward: {config.batch.size} rows can have {most} tokens, more than "
@@ -321,7 +327,7 @@ _WHOLE_ONLY: dict[str, Callable[[Method, TrainingConfig], bool]] = {
     "moving_reference": lambda method, config: method.companion() is not None,
     "adapter": lambda method, config: config.adapter is not None,
     "precision=pure_bf16": lambda method, config: config.precision == "pure_bf16",
-    "optimizer.name": lambda method, config: config.optimizer.name != "adamw",
+    "optimizer.name": lambda method, config: config.optimizer.name in BITSANDBYTES,
 }
 """Settings that need the whole policy on each rank, and when they are in force."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,7 +201,7 @@ def reward_scale(objective: Objective) -> float:
     return 1.0
 
 
-def check_scores(objective: Objective, rows: list[Any]) -> None:
+def check_scores(objective: Objective, rows: Iterable[Any]) -> None:
     """Refuse rows without scores where the loss takes them.
 
     Raises:

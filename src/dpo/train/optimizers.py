@@ -1,5 +1,5 @@
 """AdamW as it is needed: fused, with float32 masters of bfloat16 weights, in the backward pass, or
-with 8-bit or paged state.
+with 8-bit or paged state; and RMSprop, with which the DPO paper trained.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, RMSprop
 from torch.optim.adamw import adamw as adamw_update
 
 from dpo.config import OptimizerConfig
@@ -36,7 +36,9 @@ def make_optimizer(policy: nn.Module, settings: OptimizerConfig) -> Optimizer:
     beta1, beta2, epsilon = settings.beta1, settings.beta2, settings.epsilon
     decay = settings.weight_decay
     groups = decayed_and_not(policy, weight_decay=decay)
-    if settings.name != "adamw":
+    if settings.name == "rmsprop":
+        return RMSprop(groups, lr=0.0, alpha=beta2, eps=epsilon)
+    if settings.name in BITSANDBYTES:
         need_bitsandbytes("optimizer.name", settings.name)
         import bitsandbytes
 

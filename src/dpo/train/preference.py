@@ -40,8 +40,8 @@ class PreferenceMethod(PlainMethod):
     again at every step.
     """
 
-    train: list[Any]
-    test: list[Any]
+    train: Sequence[Any]
+    test: Sequence[Any]
     train_reference: Tensor | None
     test_reference: Tensor | None
     loss_config: LossConfig
@@ -169,7 +169,11 @@ class PreferenceMethod(PlainMethod):
         )
 
     def _tensors(
-        self, policy: nn.Module, all_rows: list[Any], rows: Sequence[int], reference: Tensor | None
+        self,
+        policy: nn.Module,
+        all_rows: Sequence[Any],
+        rows: Sequence[int],
+        reference: Tensor | None,
     ) -> dict[str, Tensor]:
         """Everything that the loss takes of some rows, by name, but for KTO's reference point."""
         members = [all_rows[row] for row in rows]

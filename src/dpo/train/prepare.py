@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -15,7 +16,8 @@ import numpy as np
 from dpo.config import DataConfig
 from dpo.data import synthetic
 from dpo.data.audit import responses_of
-from dpo.data.prompts import PromptTemplate, as_text, default_template, resolve_template
+from dpo.data.pairs import Losses
+from dpo.data.prompts import PromptTemplate, default_template, resolve_template
 from dpo.data.rows import (
     DemonstrationRow,
     PreferenceRow,
@@ -33,7 +35,9 @@ from dpo.data.sources import (
     load_rows,
 )
 from dpo.data.split import overlap, split_by_prompt
-from dpo.data.tokenize import Encoder
+from dpo.data.store import cache_folder
+from dpo.data.stored_rows import prompts_on_both_sides, stored_preferences
+from dpo.data.tokenize import EncodedRow, Encoder
 from dpo.errors import InputError
 
 log = logging.getLogger("dpo")
@@ -45,8 +49,8 @@ R = TypeVar("R", bound=DemonstrationRow | PreferenceRow | RankedRow | UnpairedRo
 class SplitData(Generic[R]):
     """Rows to train on and held-out rows, and what identifies them."""
 
-    train: tuple[R, ...]
-    test: tuple[R, ...]
+    train: Sequence[R]
+    test: Sequence[R]
     shape: str
     conversational: bool
     sha256: str
@@ -75,6 +79,8 @@ def load_preferences(data: DataConfig) -> SplitData[PreferenceRow]:
     if data.path == "synthetic":
         made = synthetic.preferences(**data.synthetic.model_dump())
         return _split(data, made, None, "synthetic")
+    if data.store == "arrow":
+        return _load_stored(data)
     return _load(data, as_pairs)
 
 
@@ -114,7 +120,17 @@ def load_prompts(data: DataConfig) -> SplitData[Any]:
 
 
 def _load(data: DataConfig, convert: Callable[[Sequence[Row]], tuple[R, ...]]) -> SplitData[R]:
-    """Read the source (and the held-out source, where it is one of its own), convert and split."""
+    """Read the source (and the held-out source, where it is one of its own), convert and split.
+
+    Raises:
+        InputError: the source cannot be read, or is asked to be kept in a store of pairs.
+    """
+    if data.store == "arrow":
+        raise InputError(
+            "data.store: arrow keeps preference pairs (dpo train with a loss on pairs, dpo reward "
+            "with loss=bradley_terry, dpo evaluate); here the rows are used in another form, so "
+            "leave it out."
+        )
     loaded = load_rows(data.path, columns=data.columns, split=data.split, revision=data.revision)
     log.info("Data %s: %s.", data.path, loaded)
     rows = convert(loaded.rows)
@@ -146,17 +162,47 @@ def _split(
     else:
         shared = overlap(rows, test)
         if shared:
-            raise InputError(
-                f"data.test: {len(shared)} of its prompts are in the training data too, e.g. "
-                f"{as_text(shared[0])!r:.80}; remove them from one side."
-            )
+            raise prompts_on_both_sides(shared)
     digest = sha256 or hashlib.sha256(repr([*train, *test]).encode()).hexdigest()
-    log.info("%d training rows and %d held-out rows, split by prompt.", len(train), len(test))
     responses = [text for row in (*train, *test) for _, text in responses_of(row)]
-    num_empty = sum(not text.strip() for text in responses)
-    if num_empty:
-        log.warning("%d of %d responses are empty.", num_empty, len(responses))
+    _report_split(
+        len(train), len(test), sum(not text.strip() for text in responses), len(responses)
+    )
     return SplitData(train, test, shape, conversational, digest)
+
+
+def _report_split(num_train: int, num_test: int, num_empty: int, num_responses: int) -> None:
+    log.info("%d training rows and %d held-out rows, split by prompt.", num_train, num_test)
+    if num_empty:
+        log.warning("%d of %d responses are empty.", num_empty, num_responses)
+
+
+def _load_stored(data: DataConfig) -> SplitData[PreferenceRow]:
+    """The same pairs as in memory, from the store, which is made where it is not there."""
+    cache = cache_folder() if data.cache is None else Path(data.cache).expanduser()
+    stored = stored_preferences(
+        cache,
+        data.path,
+        data.test,
+        columns=data.columns,
+        split=data.split,
+        revision=data.revision,
+        test_fraction=data.test_fraction,
+        seed=data.split_seed,
+    )
+    facts = stored.facts
+    log.info("Data %s: %s.", data.path, facts["sources"][0])
+    if facts["num_used"] < facts["num_rows"]:
+        log.info("%d of %d rows are used.", facts["num_used"], facts["num_rows"])
+    if data.test is not None:
+        log.info("Held-out data %s: %s.", data.test, facts["sources"][1])
+    where = "read from the store" if stored.found else "written to the store"
+    log.info("Pairs are %s in %s.", where, cache)
+    num_train, num_test = len(stored.train), len(stored.test)
+    _report_split(num_train, num_test, facts["num_empty"], facts["num_responses"])
+    return SplitData(
+        stored.train, stored.test, facts["shape"], facts["conversational"], facts["sha256"]
+    )
 
 
 def choose_template(
@@ -223,18 +269,24 @@ def encode_prompts(
     return encoded
 
 
-def report_cuts(encoded: Sequence[Any], *, what: str) -> None:
-    """Say how many rows were cut; `encoded` are EncodedRows."""
-    prompts = sum(row.prompt_truncated for row in encoded)
-    responses = sum(row.responses_truncated for row in encoded)
-    if prompts or responses:
+def report_cuts(encoded: Sequence[EncodedRow], *, what: str) -> None:
+    """Say how many rows were cut."""
+    losses = Losses()
+    for row in encoded:
+        losses.count(row)
+    report_losses(losses, what=what)
+
+
+def report_losses(losses: Losses, *, what: str) -> None:
+    """Say how many rows were cut, by their counts."""
+    if losses.prompts_cut or losses.responses_cut:
         log.warning(
             "%s: %d of %d prompts lost their beginning and %d responses their end "
             "(data.max_length).",
             what,
-            prompts,
-            len(encoded),
-            responses,
+            losses.prompts_cut,
+            losses.num_rows,
+            losses.responses_cut,
         )
 
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpo.atomic import replace_file, storage_errors
-from dpo.data.pack import group_by_prompt
+from dpo.data.store import cache_folder as cache_folder  # "as": for others to import from here
 from dpo.data.tokenize import TokenSequence
 from dpo.models.load import weights_digest
 from dpo.models.scoring import response_logps
 from dpo.train import ranks
 from dpo.train.sharding import is_sharded
+
+Integers = NDArray[np.int32] | NDArray[np.int64]
 
 SCORING_VERSION = 2
 """Counts changes of the scoring code that change its values; a part of every cache key."""
@@ -31,15 +33,6 @@ CHUNK = 256
 
 KEEP_SECONDS = 30.0
 """Between two writings of what is scored so far: what a kill costs at most."""
-
-
-def cache_folder() -> Path:
-    """`$DPO_CACHE`, or `dpo` in the user's cache folder."""
-    named = os.environ.get("DPO_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "dpo"
 
 
 def cache_key(
@@ -122,7 +115,7 @@ def score_all(
     Args:
         values: filled in place where given; what is not NaN is known already.
     """
-    order = _longest_prompt_first(sequences)
+    order = longest_prompt_first(sequences)
     if values is None:
         values = torch.full((len(sequences),), math.nan, dtype=torch.float64)
     model.eval()
@@ -130,7 +123,7 @@ def score_all(
     own = ranks.rank() * CHUNK if shares > 1 else 0
     with torch.no_grad():
         for start in range(0, len(order), CHUNK * shares):
-            chunks = order[start : start + CHUNK * shares]
+            chunks = order[start : start + CHUNK * shares].tolist()
             chosen = chunks[own : own + CHUNK]
             if values[chosen].isnan().any():  # a chunk is scored whole: its bits depend on it
                 members = [sequences[i] for i in chosen]
@@ -145,13 +138,46 @@ def score_all(
     return values
 
 
-def _longest_prompt_first(sequences: Sequence[TokenSequence]) -> list[int]:
+def longest_prompt_first(sequences: Sequence[TokenSequence]) -> Integers:
     """Long sequences first, so that memory runs out at once if it does; a prompt's stay together,
-    so that they share it.
+    so that they share it. Numbers of the sequences; 8 bytes of each prompt's digest tell prompts
+    apart.
     """
-    groups = group_by_prompt(sequences).values()
-    longest_first = sorted(groups, key=lambda group: -max(len(sequences[i]) for i in group))
-    return [i for group in longest_first for i in group]
+    num_sequences = len(sequences)
+    index = np.int32 if num_sequences < 2**31 else np.int64  # half the memory
+    prompts, lengths = np.empty(num_sequences, np.uint64), np.empty(num_sequences, np.int32)
+    for i, sequence in enumerate(sequences):
+        prompts[i], lengths[i] = _prompt_digest(sequence), len(sequence)
+    members = np.argsort(prompts, kind="stable").astype(index)  # prompt by prompt, in their order
+    prompts.sort()
+    begins = np.ones(num_sequences, bool)
+    begins[1:] = prompts[1:] != prompts[:-1]
+    del prompts
+    starts = np.flatnonzero(begins).astype(index)
+    longest = np.maximum.reduceat(lengths[members], starts)
+    del lengths, begins
+    groups = np.lexsort((members[starts], -longest)).astype(index)
+    sizes = np.diff(starts, append=index(num_sequences))
+    order: Integers = members[_ranges(starts[groups], sizes[groups])]
+    return order
+
+
+def _ranges(starts: Integers, sizes: Integers) -> Integers:
+    """Ranges of numbers one after the other, none of them empty.
+
+    >>> _ranges(np.array([7, 0]), np.array([2, 3])).tolist()
+    [7, 8, 0, 1, 2]
+    """
+    steps = np.ones(sizes.sum(), starts.dtype)
+    steps[:1] = starts[:1]
+    steps[np.cumsum(sizes)[:-1]] = starts[1:] - starts[:-1] - sizes[:-1] + 1
+    np.cumsum(steps, out=steps)
+    return steps
+
+
+def _prompt_digest(sequence: TokenSequence) -> int:
+    ids = np.asarray(sequence.ids[: sequence.prompt_length], np.int64)
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
 
 def _write(file: Path, values: Tensor) -> None:

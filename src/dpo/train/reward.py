@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ LOGGED = {"logps/best_change": "rewards/best", "logps/others_change": "rewards/o
 class RewardMethod(PlainMethod):
     """A Bradley-Terry or Plackett-Luce loss on the rewards of encoded rows."""
 
-    train: list[Any]
-    test: list[Any]
+    train: Sequence[Any]
+    test: Sequence[Any]
     loss_name: str
     margin: bool
     """Whether the data's scores ask for a margin."""
@@ -168,8 +169,8 @@ def train_reward(config: RewardConfig, *, trust_remote_code: bool = False) -> Pa
     """
     data = load_rows_for(KIND_OF[config.loss], config.data)
     if config.margin is not None:
-        check_margins([*data.train, *data.test])
-    texts = [text for row in data.train for text in _texts(row)] if config.model.fresh else []
+        check_margins(itertools.chain(data.train, data.test))
+    texts = [text for row in data.train for text in texts_of(row)] if config.model.fresh else []
     start = open_trained(config, texts, trust_remote_code)
     encoder = make_run_encoder(config, start, data)
     model = from_causal(start.model, seed=config.seed)
@@ -212,13 +213,13 @@ def train_reward(config: RewardConfig, *, trust_remote_code: bool = False) -> Pa
     return run.folder
 
 
-def _texts(row: PreferenceRow | RankedRow) -> list[str]:
+def texts_of(row: PreferenceRow | RankedRow) -> list[str]:
     """What a fresh tokenizer learns from."""
     responses = row.responses if isinstance(row, RankedRow) else (row.chosen, row.rejected)
     return [f"{as_text(row.prompt)}\n{response}" for response in responses]
 
 
-def check_margins(rows: Sequence[PreferenceRow]) -> None:
+def check_margins(rows: Iterable[PreferenceRow]) -> None:
     """Refuse pairs without scores, or whose scores contradict the preference.
 
     Raises:

@@ -34,9 +34,11 @@ from dpo.atomic import (
     write_json,
     write_text,
 )
+from dpo.data.split import Digests
 from dpo.errors import InputError
 from dpo.train import ranks
 from dpo.train.checkpoint import Origin
+from dpo.train.trackers import Tracker, open_trackers
 
 LIBRARIES = (
     "direct-preference-optimization",
@@ -54,13 +56,14 @@ log = logging.getLogger("dpo")
 
 @dataclass
 class Run:
-    """An open run directory. Metrics go to `metrics.jsonl` and to TensorBoard."""
+    """An open run directory. Metrics go to `metrics.jsonl`, to TensorBoard, and to `trackers`."""
 
     folder: Path
     lock: TextIOWrapper | None
     """None on a rank that is not the first: it reads, and drops what it is told to write."""
     origin: Origin
     """What its checkpoints are made of."""
+    trackers: list[Tracker] = field(default_factory=list)
     _tensorboard: Any = field(default=None)
 
     @property
@@ -81,8 +84,25 @@ class Run:
         """Whether the run has come to its end; then there is nothing to do."""
         return read_manifest(self.folder).get("status") == "finished"
 
+    def report_to(self, names: Iterable[str], settings: Mapping[str, Any]) -> None:
+        """From now on, tell these services the metrics as well; a run that goes on is the same run
+        to them.
+
+        Raises:
+            InputError: one of them cannot be begun.
+        """
+        if not self.writes:
+            return
+        known = read_manifest(self.folder).get("reported_to", {})
+        self.trackers = open_trackers(names, self.folder, settings, known)
+        ids = {tracker.name: tracker.service.id for tracker in self.trackers}
+        if ids.items() - known.items():
+            self.update_manifest(reported_to=known | ids)
+
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one line of metrics, whole or not at all; numbers go to TensorBoard as well."""
+        """Append one line of metrics, whole or not at all; numbers go to TensorBoard and the
+        trackers as well.
+        """
         if not self.writes:
             return
         line = json.dumps(jsonable(dict(row))) + "\n"
@@ -95,6 +115,8 @@ class Run:
         for name, value in row.items():
             if isinstance(value, int | float) and name != "step":
                 self._tensorboard.add_scalar(name, value, int(row["step"]))
+        for tracker in self.trackers:
+            tracker.log(row)
 
     def sync_metrics(self) -> None:
         """Make the metrics so far survive a loss of power."""
@@ -122,6 +144,8 @@ class Run:
         """Flush what is open and give the lock back."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+        for tracker in self.trackers:
+            tracker.finish()
         if self.lock is not None:
             self.lock.close()
 
@@ -322,15 +346,22 @@ def _commit() -> str | None:
     return top.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
-def save_train_prompts(folder: Path, digests: Iterable[int]) -> None:
+def save_train_prompts(folder: Path, digests: Iterable[int] | Digests) -> None:
     """Remember which prompts a model was trained on, as 64-bit digests."""
-    values = np.array(sorted(set(digests)), dtype=np.uint64)
+    given = digests if isinstance(digests, np.ndarray) else np.fromiter(digests, np.uint64)
     with replace_file(folder / TRAIN_PROMPTS) as temporary:
-        save_file({"digests": values}, temporary)
+        save_file({"digests": np.unique(given)}, temporary)
 
 
 def load_train_prompts(folder: Path) -> set[int] | None:
-    """The digests of the prompts that a model was trained on, or None where it is not known.
+    """The digests of `train_prompts` as a set."""
+    digests = train_prompts(folder)
+    return None if digests is None else set(digests.tolist())
+
+
+def train_prompts(folder: Path) -> Digests | None:
+    """The digests of the prompts that a model was trained on, in order, or None where it is not
+    known: 8 bytes for each.
 
     Args:
         folder: a run directory, or its `model` or `best`.
@@ -344,7 +375,7 @@ def load_train_prompts(folder: Path) -> set[int] | None:
     if file is None:
         return None
     try:
-        return {int(value) for value in load_file(file)["digests"]}
+        return np.unique(load_file(file)["digests"])
     except (SafetensorError, KeyError) as error:
         raise InputError(
             f"{file}: expected the digests of training prompts; it is damaged."

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from dpo import atomic
@@ -19,7 +20,7 @@ from dpo.config import ModelConfig, RunConfig
 from dpo.data.audit import audit
 from dpo.data.prompts import PromptTemplate, as_text, load_template
 from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, UnpairedRow
-from dpo.data.split import prompt_digest
+from dpo.data.split import Digests, prompt_digests
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
 from dpo.models.adapters import AdapterSettings, open_model
@@ -27,6 +28,7 @@ from dpo.models.export import model_card, save_pretrained
 from dpo.models.fresh import fresh_gpt2, train_tokenizer
 from dpo.models.generate import generate
 from dpo.models.load import (
+    ModelSource,
     check_fit,
     find_model,
     find_tokenizer,
@@ -45,7 +47,8 @@ from dpo.train.prepare import (
     make_encoder,
     seeded_choice,
 )
-from dpo.train.run import TRAIN_PROMPTS, Run, load_train_prompts, open_run
+from dpo.train.publish import check_login, publish
+from dpo.train.run import TRAIN_PROMPTS, Run, open_run, train_prompts
 from dpo.train.stopping import stop_here
 
 DATA_AUDIT = "data.json"
@@ -96,17 +99,25 @@ def open_policy(
     source = find_model(
         config.path, revision=config.revision, trust_remote_code=trust_remote_code, key=key
     )
-    tokenizer = load_tokenizer(
-        source
-        if config.tokenizer is None
-        else find_tokenizer(config.tokenizer, trust_remote_code=trust_remote_code)
-    )
+    tokenizer = tokenizer_for(config, source)
     model = open_model(source, adapter=adapter, seed=seed, pure_bf16=pure_bf16)
     check_fit(model, tokenizer, name=config.path)
     template = load_template(Path(source.path)) if source.local else None
     if not getattr(model, "is_quantized", False):  # that one is where it was made
         model = model.to(pick_device())
     return Policy(model, tokenizer, template, config.path)
+
+
+def tokenizer_for(config: ModelConfig, source: ModelSource) -> Any:
+    """The tokenizer that is named, or else the model's own.
+
+    Raises:
+        InputError: there is none.
+    """
+    if config.tokenizer is None:
+        return load_tokenizer(source)
+    trusted = source.trust_remote_code
+    return load_tokenizer(find_tokenizer(config.tokenizer, trust_remote_code=trusted))
 
 
 def open_reference(
@@ -129,24 +140,31 @@ def open_reference(
 
 def make_run_encoder(config: RunConfig, policy: Policy, data: SplitData[Any]) -> Encoder:
     """The encoder of the run, with its one template."""
+    positions = max_positions(policy.model)
+    return encoder_for(config, policy.tokenizer, policy.template, positions, data)
+
+
+def encoder_for(
+    config: RunConfig,
+    tokenizer: Any,
+    own: PromptTemplate | None,
+    positions: int,
+    data: SplitData[Any],
+) -> Encoder:
+    """The same from the parts of a policy: its tokenizer, the template that it was trained with and
+    the positions that it has.
+    """
     template = choose_template(
-        config.data.template,
-        policy.template,
-        shape=data.shape,
-        conversational=data.conversational,
+        config.data.template, own, shape=data.shape, conversational=data.conversational
     )
-    return make_encoder(
-        policy.tokenizer,
-        template,
-        max_length=config.data.max_length,
-        positions=max_positions(policy.model),
-    )
+    return make_encoder(tokenizer, template, max_length=config.data.max_length, positions=positions)
 
 
-def prompts_seen(config: RunConfig, data: SplitData[Any]) -> set[int]:
+def prompts_seen(config: RunConfig, data: SplitData[Any]) -> Digests:
     """Digests of the prompts of this run and of the runs that its model comes from."""
-    before = load_train_prompts(Path(config.model.path).expanduser()) if config.model.path else None
-    return (before or set()) | {prompt_digest(row.prompt) for row in data.train}
+    before = train_prompts(Path(config.model.path).expanduser()) if config.model.path else None
+    own = prompt_digests(row.prompt for row in data.train)
+    return own if before is None else np.union1d(before, own)
 
 
 @contextmanager
@@ -162,7 +180,7 @@ def opened_run(
     """The run directory, locked, with everything that decides its result written down."""
     identity = {
         "command": command,
-        **config.model_dump(mode="json", exclude={"out", "distributed"}),
+        **config.identity,
         "resolved": {
             "template": {"name": encoder.template.name, "text": encoder.template.text},
             "max_length": encoder.max_length,
@@ -181,13 +199,26 @@ def opened_run(
         log.info("%s is finished; nothing to do.", run.folder)
     try:
         with stop_here():
+            with ranks.together():
+                _open_places(config, run)
             _leave_audit(run, data)
             yield run
+        if config.push_to_hub is not None and run.writes:
+            publish(config.push_to_hub, run.folder)
     except InputError:
         _withdraw(run)
         raise
     finally:
         run.close()
+
+
+def _open_places(config: RunConfig, run: Run) -> None:
+    """Whoever is to hear of the run must be there before the first step."""
+    if run.finished or not run.writes:
+        return
+    if config.push_to_hub is not None:
+        check_login(config.push_to_hub)
+    run.report_to(config.report_to, config.identity)
 
 
 def _leave_audit(run: Run, data: SplitData[Any]) -> None:
@@ -209,8 +240,7 @@ def _withdraw(run: Run) -> None:
 
 def run_card(config: RunConfig, policy: Policy, encoder: Encoder, method: str, **more: str) -> str:
     """The README of the run's model folders; `more` as in `model_card`."""
-    asked = config.model_dump(mode="json", exclude={"out", "distributed"})
-    settings = json.dumps(asked, indent=2)
+    settings = json.dumps(config.identity, indent=2)
     data = config.data.path if isinstance(config.data.path, str) else ", ".join(config.data.path)
     return model_card(
         title=Path(config.out).name,

@@ -11,7 +11,9 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel
 
-from dpo.config import EvaluateConfig, PreferenceConfig, RewardConfig, SFTConfig, sections_of
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
+from dpo.config_files import sections_of
+from dpo.evaluation_config import EvaluateConfig
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.report.page.folders import Record
 

@@ -1,0 +1,316 @@
+"""What a training command would do, found out without weights: rows, tokens and steps.
+
+The rows go the way that training sends them, so what training would refuse of them is refused here.
+Nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+from dpo.config import PreferenceConfig, RewardConfig, RunConfig, SFTConfig, TrainingConfig
+from dpo.data.order import batch_rows, split_by_tokens, steps_per_epoch
+from dpo.data.pack import packed_tokens
+from dpo.data.prompts import as_text, load_template
+from dpo.data.rows import Prompt
+from dpo.data.tokenize import EncodedRow, Encoder, TokenSequence
+from dpo.models.adapters import model_below
+from dpo.models.fresh import train_tokenizer
+from dpo.models.load import find_model, positions_of
+from dpo.models.reward import with_end
+from dpo.online_config import OnlineConfig, PPOConfig
+from dpo.train.encoded import KINDS
+from dpo.train.jobs import load_rows_for
+from dpo.train.loop import total_steps
+from dpo.train.objective import check_scores, make_objective
+from dpo.train.online import rows_per_round
+from dpo.train.prepare import SplitData, encode_prompts, load_demonstrations, load_prompts
+from dpo.train.reward import KIND_OF, check_margins, texts_of
+from dpo.train.run import read_manifest
+from dpo.train.session import choose_held_out, distinct_prompts, encoder_for, tokenizer_for
+from dpo.train.sft import encode_demonstrations
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The training rows, or the held-out rows that are used while training."""
+
+    rows: int
+    dropped: int
+    prompts_cut: int
+    """Prompts that lose their beginning."""
+    responses_cut: int
+    """Responses that lose their end."""
+    tokens: int
+    """What goes through the model in one pass over the rows that are kept."""
+    scored_tokens: int
+    """Those of them that the loss is about; 0 for a reward model, which scores responses."""
+
+    @property
+    def kept(self) -> int:
+        return self.rows - self.dropped
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The optimizer steps of a run; of samples, which have no length yet, the most there can be."""
+
+    total: int
+    each_pass: int
+    """Steps in one pass over the rows, or in one round."""
+    rows: int
+    """Rows of a full batch."""
+    mean_tokens: float | None
+    most_tokens: int
+    mean_passes: float | None
+    """How many times a step runs the model, forward and backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a training command would do."""
+
+    command: str
+    folder: str
+    state: str
+    """Of that folder: new, unfinished, finished, or not a run."""
+    template: str
+    max_length: int
+    train: Side
+    held_out: Side
+    steps: Steps
+    samples: int = 0
+    """Responses that are drawn of the policy for training."""
+    reference_tokens: int = 0
+    """What goes through the reference once, before training, where it stays as it is."""
+
+
+def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> DryRun:
+    """What training with this configuration would do.
+
+    Raises:
+        InputError: as training would, for data, tokenizer and template.
+    """
+    config = in_memory(config)
+    if isinstance(config, SFTConfig):
+        return _sft(config, trust_remote_code)
+    if isinstance(config, PreferenceConfig):
+        return _preference(config, trust_remote_code)
+    if isinstance(config, RewardConfig):
+        return _reward(config, trust_remote_code)
+    assert isinstance(config, OnlineConfig | PPOConfig)
+    return _on_samples(config, trust_remote_code)
+
+
+def in_memory(config: Config) -> Config:
+    """The same run without a store of rows, which would be written."""
+    data = config.data.model_copy(update={"store": "memory", "cache": None})
+    return config.model_copy(update={"data": data})
+
+
+# -- the commands --------------------------------------------------------------------------------
+
+
+def _sft(config: SFTConfig, trust_remote_code: bool) -> DryRun:
+    data = load_demonstrations(config.data, response=config.response)
+    texts = [f"{as_text(row.prompt)}\n{row.response}" for row in data.train]
+    encoder, _ = _open_encoder(config, data, texts, trust_remote_code)
+
+    def encode(rows: Sequence[Any], what: str) -> list[list[TokenSequence]]:
+        encoded = encode_demonstrations(
+            encoder, rows, train_on_prompt=config.train_on_prompt, what=what
+        )
+        return [[sequence] for sequence in encoded]
+
+    train, costs = _side(encoder, data.train, encode, "training rows")
+    held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
+    return _trained("sft", config, encoder, train, held_out, _steps(config, costs))
+
+
+def _preference(config: PreferenceConfig, trust_remote_code: bool) -> DryRun:
+    objective = make_objective(config.loss)
+    data = load_rows_for(objective.kind, config.data)
+    check_scores(objective, [*data.train, *data.test])
+    encoder, _ = _open_encoder(config, data, [], trust_remote_code)
+    encode = _encode_rows(objective.kind, encoder, config)
+    train, costs = _side(encoder, data.train, encode, "training rows")
+    held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
+    stays = objective.needs_reference and config.moving_reference is None
+    return _trained(
+        "train",
+        config,
+        encoder,
+        train,
+        held_out,
+        _steps(config, costs, whole_batch=objective.whole_batch),
+        reference_tokens=train.tokens + held_out.tokens if stays else 0,
+    )
+
+
+def _reward(config: RewardConfig, trust_remote_code: bool) -> DryRun:
+    kind = KIND_OF[config.loss]
+    data = load_rows_for(kind, config.data)
+    if config.margin is not None:
+        check_margins([*data.train, *data.test])
+    texts = [text for row in data.train for text in texts_of(row)] if config.model.fresh else []
+    encoder, _ = _open_encoder(config, data, texts, trust_remote_code)
+    in_tokens = _encode_rows(kind, encoder, config)
+
+    def encode(rows: Sequence[Any], what: str) -> list[list[TokenSequence]]:
+        return [with_end(sequences) for sequences in in_tokens(rows, what)]
+
+    train, costs = _side(encoder, data.train, encode, "training rows")
+    held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
+    train, held_out = (replace(side, scored_tokens=0) for side in (train, held_out))
+    return _trained("reward", config, encoder, train, held_out, _steps(config, costs))
+
+
+def _on_samples(config: OnlineConfig | PPOConfig, trust_remote_code: bool) -> DryRun:
+    data = load_prompts(config.data)
+    encoder, positions = _open_encoder(config, data, [], trust_remote_code)
+
+    def side(prompts: Sequence[Prompt], longest: int) -> tuple[Side, list[int]]:
+        ids = encode_prompts(encoder, prompts, max_new_tokens=longest, positions=positions)
+        cut = sum(len(encoder.prompt_ids(prompt)) > positions - longest for prompt in prompts)
+        lengths = [len(prompt) for prompt in ids]
+        return Side(len(prompts), 0, cut, 0, sum(lengths), 0), lengths
+
+    prompts = list(dict.fromkeys(row.prompt for row in data.train))
+    train, lengths = side(prompts, config.sampling.max_new_tokens)
+    tested = distinct_prompts(data.test, config.evaluation.max_rows, config.seed)
+    held_out, _ = side(tested, config.evaluation.max_new_tokens)
+    if isinstance(config, PPOConfig):
+        command, rows, responses = "ppo", config.responses_per_round, 1
+    else:
+        command, rows = "online", rows_per_round(config, len(prompts))
+        responses = config.samples_per_prompt if config.loss.kind == "list" else 2
+    each = config.epochs_per_round * steps_per_epoch(rows, config.batch.size)
+    most = max(lengths) + responses * config.sampling.max_new_tokens
+    size = min(config.batch.size, rows)
+    drawn = (config.prompts_per_round or len(prompts)) * config.samples_per_prompt
+    steps = Steps(config.rounds * each, each, size, None, size * most, None)
+    return _trained(command, config, encoder, train, held_out, steps, samples=config.rounds * drawn)
+
+
+# -- what they share -----------------------------------------------------------------------------
+
+Encode = Callable[[Sequence[Any], str], list[list[TokenSequence]]]
+"""The sequences of each row that is kept; the text says which rows these are."""
+
+
+@dataclass(frozen=True)
+class _Watched(Encoder):
+    """An encoder that remembers what it gave."""
+
+    given: list[EncodedRow] = field(default_factory=list)
+
+    def encode(self, prompt: Prompt, responses: Sequence[str]) -> EncodedRow:
+        row = super().encode(prompt, responses)
+        self.given.append(row)
+        return row
+
+
+def _open_encoder(
+    config: RunConfig, data: SplitData[Any], texts: Sequence[str], trust_remote_code: bool
+) -> tuple[_Watched, int]:
+    """The run's encoder and the model's positions, from its configuration and tokenizer alone."""
+    model = config.model
+    if model.fresh is not None:
+        tokenizer = train_tokenizer(texts, vocab_size=model.fresh.vocab_size)
+        template, positions = None, model.fresh.positions
+    else:
+        assert model.path is not None
+        source = find_model(
+            model.path, revision=model.revision, trust_remote_code=trust_remote_code
+        )
+        tokenizer = tokenizer_for(model, source)
+        template = load_template(Path(source.path)) if source.local else None
+        positions = positions_of(model_below(source))
+    encoder = encoder_for(config, tokenizer, template, positions, data)
+    return _Watched(encoder.tokenizer, encoder.template, encoder.max_length), positions
+
+
+def _encode_rows(kind: str, encoder: Encoder, config: RunConfig) -> Encode:
+    def encode(rows: Sequence[Any], what: str) -> list[list[TokenSequence]]:
+        most = config.data.max_dropped
+        kept = KINDS[kind].encode(encoder, rows, max_dropped=most, what=what)
+        return [list(row.sequences) for row in kept]
+
+    return encode
+
+
+def _side(
+    encoder: _Watched, rows: Sequence[Any], encode: Encode, what: str
+) -> tuple[Side, list[int]]:
+    """The counts of some rows, and the tokens of each that is kept."""
+    encoder.given.clear()
+    kept = encode(rows, what)
+    costs = [packed_tokens(sequences) for sequences in kept]
+    side = Side(
+        rows=len(rows),
+        dropped=len(rows) - len(kept),
+        prompts_cut=sum(row.prompt_truncated for row in encoder.given),
+        responses_cut=sum(row.responses_truncated for row in encoder.given),
+        tokens=sum(costs),
+        scored_tokens=sum(s.num_scored for sequences in kept for s in sequences),
+    )
+    return side, costs
+
+
+def _steps(config: TrainingConfig, costs: Sequence[int], *, whole_batch: bool = False) -> Steps:
+    """The steps over rows of these costs; tokens are those of the first pass."""
+    total = total_steps(config, len(costs))
+    size, most = config.batch.size, config.batch.max_tokens
+    each = steps_per_epoch(len(costs), size)
+    batches = [
+        [costs[row] for row in rows]
+        for rows in (
+            batch_rows(step, num_rows=len(costs), batch_size=size, seed=config.seed)
+            for step in range(min(total, each))
+        )
+    ]
+    passes = [1 if whole_batch else len(split_by_tokens(b, max_tokens=most)) for b in batches]
+    return Steps(
+        total=total,
+        each_pass=each,
+        rows=min(size, len(costs)),
+        mean_tokens=fmean(map(sum, batches)),
+        most_tokens=max(map(sum, batches)),
+        mean_passes=fmean(passes),
+    )
+
+
+def _trained(
+    command: str,
+    config: RunConfig,
+    encoder: Encoder,
+    train: Side,
+    held_out: Side,
+    steps: Steps,
+    **more: int,
+) -> DryRun:
+    return DryRun(
+        command=command,
+        folder=config.out,
+        state=_state(Path(config.out)),
+        template=str(encoder.template),
+        max_length=encoder.max_length,
+        train=train,
+        held_out=held_out,
+        steps=steps,
+        **more,
+    )
+
+
+def _state(folder: Path) -> str:
+    """What the run directory is before the run: training goes on in one of its own only."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return "new"
+    status = read_manifest(folder).get("status")
+    return {"started": "unfinished", "finished": "finished"}.get(str(status), "not a run")

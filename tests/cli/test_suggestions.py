@@ -1,0 +1,77 @@
+"""What was meant by a word that is not known: commands, keys, values, files."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpo.errors import did_you_mean, did_you_mean_path
+from train.small_runs import dpo
+
+RUN = ("model=./x", "out=./y")
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (("trian",), "Did you mean 'train'?"),
+        (("data", "chekc"), "Did you mean 'check'?"),
+        (("experiment", "fronteer"), "Did you mean 'frontier'?"),
+        (("sft", "--trust-remote-cod"), "--trust-remote-code"),
+        (("config", "trian"), "; did you mean train?"),
+        (("losses", "simp"), "did you mean simpo"),
+        (("train", "loss.name=simp", *RUN), "did you mean simpo"),
+        (("train", "lerning_rate=1", *RUN), "did you mean optimizer.learning_rate?"),
+        (("train", "optimizer.schedule=cosin", *RUN), "(got 'cosin'); did you mean cosine?"),
+        (("train", "precision=BF16", *RUN), "(got 'BF16'); did you mean bf16?"),
+        (("ppo", "critic=sepparate", "reward=x", *RUN), "did you mean separate?"),
+        (("evaluate", "judges=[sentence_bart]", "models.a=x", "out=y"), "mean sentence_bert?"),
+        (("theory", "V05-simpo-targt"), "; did you mean V"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_word_that_is_nearly_known_is_answered_with_the_known_one(words, meant):
+    said = dpo(*words)
+    assert said.code == 2
+    assert meant in said.err
+
+
+def test_what_is_near_to_nothing_gets_no_guess():
+    said = dpo("train", "precision=quick", *RUN)
+    assert said.err.endswith("(got 'quick')")
+
+
+def test_a_template_that_is_nearly_known():
+    said = dpo("sft", "model.fresh={}", "data.template=alpacca", "out=./y", "--dry-run")
+    assert said.code == 2
+    assert said.err.endswith("in it exactly once; did you mean alpaca?")
+
+
+def test_files_and_folders_that_are_nearly_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prefs.jsonl").write_text("")
+    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "model").mkdir()
+    for words, meant in (
+        (("train", "recipy.yaml"), "There is no configuration file recipy.yaml; did you mean"),
+        (("data", "check", "./perfs.jsonl"), "; did you mean prefs.jsonl?"),
+        (("train", "model=./modle", "out=y"), "; did you mean model?"),
+    ):
+        said = dpo(*words)
+        assert said.code == 2
+        assert meant in said.err
+        assert said.err.endswith("?")
+
+
+def test_a_setting_without_its_value_is_not_taken_for_a_file():
+    assert (
+        dpo("train", "loss.beta", "0.3").err == "loss.beta: expected key=value, e.g. loss.beta=..."
+    )
+    late = dpo("train", "model=x", "recipe.yaml").err
+    assert late.endswith("e.g. loss.beta=0.1; a configuration file comes first.")
+
+
+def test_the_ends_of_the_sentences():
+    assert did_you_mean("cosin", ["linear", "cosine"]) == "; did you mean cosine?"
+    assert did_you_mean("x", ["linear", "cosine"]) == ""
+    assert did_you_mean_path("no/such/folder/at/all") == ""
+    assert did_you_mean_path("nul\0l") == ""
