@@ -67,7 +67,7 @@ MODELS = {
 
 
 @cache
-def rows() -> Path:
+def rows(count: int = 48) -> Path:
     """Pairs of some hundred tokens, lengths uneven."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(5000)]
@@ -75,10 +75,10 @@ def rows() -> Path:
     def text(least: int, most: int) -> str:
         return " ".join(draw.choices(words, k=draw.randint(least, most)))
 
-    file = scratch() / "measured.jsonl"
+    file = scratch() / f"measured-{count}.jsonl"
     lines = [
         json.dumps({"prompt": text(20, 60), "chosen": text(10, 80), "rejected": text(10, 80)})
-        for _ in range(48)
+        for _ in range(count)
     ]
     file.write_text("\n".join(lines), encoding="utf-8")
     return file
@@ -105,7 +105,9 @@ COMMON = {
 
 
 def values_of(name: str, method: str, out: Path, changes: dict) -> dict:
-    common = merged(COMMON, {"data.path": str(rows()), "model": str(model(name)), "out": str(out)})
+    few = rows(10)  # a batch is all of them, and every step the same
+    common = merged(COMMON, {"data.path": str(few), "model": str(model(name)), "out": str(out)})
+    common["batch"]["size"] = 10
     if method == "dpo":
         common["evaluation"]["kl_prompts"] = 0
     return merged(common, changes)

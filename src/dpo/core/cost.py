@@ -97,8 +97,10 @@ class PassSize:
     """Of that, bfloat16 copies of float32 weights (`precision=bf16`)."""
     outside_kept: int
     """Outside the layers."""
-    layer_largest: int
-    """The largest tensor that a layer keeps."""
+    layer_passing: int
+    """The most that the backward pass of a layer adds to what it has not yet let go, its gradients
+    included.
+    """
 
 
 def shared_out(model: ModelSize, parts: int) -> ModelSize:
@@ -205,23 +207,17 @@ def _in_layers(
 ) -> StepPeak:
     """The backward pass in the last layer, the first that it comes to, or in the first one."""
     accumulated = _accumulated(model, settings, per)
-    own = model.layer_trained * per.gradient
-    head = _head_gradient(model, per) if model.tied or not accumulated else 0.0
-    if settings.in_backward:
-        gradients = (head if model.tied else 0.0) + model.largest * per.gradient
-    elif accumulated:  # the head's waits for the embedding's where they are one matrix
-        gradients = accumulated + own + head
-    else:
-        gradients = head + own * (1 if last else model.layers)
-    layers = model.layers if last else 1
+    before = 0 if last or accumulated or settings.in_backward else model.layers - 1
+    gradients = accumulated + before * model.layer_trained * per.gradient
+    if model.tied or not (accumulated or settings.in_backward):
+        gradients += _head_gradient(model, per)  # where it is the embedding, it waits for that one
     recomputed = size.layer_kept if settings.checkpointing else 0
-    passing = 2 * size.layer_largest  # gradients of a tensor and of what it was made of
-    kept = _kept(model, size, settings, layers=layers)
+    kept = _kept(model, size, settings, layers=model.layers if last else 1)
     return StepPeak(
         "last layer" if last else "first layer",
         model.trained * per.state,
         gradients,
-        kept + recomputed + passing,
+        kept + recomputed + size.layer_passing,
         0.0,
     )
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -192,7 +196,7 @@ def measure_pass(
         layer_kept=layer,
         layer_copies=two.copies - one.copies,
         outside_kept=max(0, one.total - layer),
-        layer_largest=two.largest,
+        layer_passing=one.passing,
     )
 
 
@@ -203,7 +207,35 @@ class _Kept:
     total: int
     copies: int
     """Of matrices of the shape of a parameter: its bfloat16 copies."""
-    largest: int
+    passing: int
+    """The most that the backward pass through the layers adds."""
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside, for as long as they live."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._seen = WeakIdKeyDictionary({t.untyped_storage(): True for t in known})
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._seen:
+                self._made(tensor.untyped_storage())
+        return found
+
+    def _made(self, storage: Any) -> None:
+        self._seen[storage] = True
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, storage.nbytes())
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
 
 
 def _kept_by(model: nn.Module, batches: Sequence[Batch], *, precision: str) -> _Kept:
@@ -240,13 +272,22 @@ def _kept_on_cpu(model: nn.Module, batches: Sequence[Batch], *, precision: str) 
             kept.setdefault(_storage(tensor), tensor)  # held, so that no other gets its number
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = [head_inputs(model, batch, precision=precision) for batch in batches]
-    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-    rounded = [t for t in kept.values() if t.dtype == torch.bfloat16 and tuple(t.shape) in weights]
-    copies = sum(t.untyped_storage().nbytes() for t in rounded) if precision == "bf16" else 0
-    del outputs
-    return _Kept(sum(sizes), copies, max(sizes, default=0))
+    live = _Live(tensors)
+    with live:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = [head_inputs(model, batch, precision=precision) for batch in batches]
+        sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+        rounded = [
+            t for t in kept.values() if t.dtype == torch.bfloat16 and tuple(t.shape) in weights
+        ]
+        copies = sum(t.untyped_storage().nbytes() for t in rounded) if precision == "bf16" else 0
+        kept.clear()
+        start = live.most = live.now
+        own_gradients = [p for layer in transformer_layers(model) for p in layer.parameters()]
+        total = torch.stack([output.sum() for output in outputs]).sum()
+        del outputs
+        torch.autograd.grad(total, [p for p in own_gradients if p.requires_grad])
+    return _Kept(sum(sizes), copies, live.most - start)
 
 
 def _storage(tensor: Tensor) -> int:

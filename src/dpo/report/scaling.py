@@ -95,9 +95,13 @@ def _cells(found: Projection) -> list[str]:
         *(_gib(size) for size in (found.parts, found.gathered, within, found.memory)),
         "yes" if found.memory <= 0.85 * CLUSTER.gpu.memory_gib * GIB else "no",
         _gib(found.sent),
-        *(f"{value:.3g} s" for value in (found.computing, found.sending)),
-        f"{hidden:.3g} to {open_:.3g}",
+        *(f"{_seconds(value)} s" for value in (found.computing, found.sending)),
+        f"{_seconds(hidden)} to {_seconds(open_)}",
     ]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _gib(size: float) -> str:

@@ -197,14 +197,15 @@ def estimate(
     architecture = architecture_of(config, data.tokenizer, trust_remote_code=trust_remote_code)
     built = architecture.build()
     model, packed = measure_model(built), scoring_plan(built).packed
-    layer_numbers = 17 * model.width * model.layers  # what GPT-2's layers keep of a token
+    tensors = model.layers + 17 if config.gradient_checkpointing else 17 * model.layers
+    per_token = tensors * model.width  # numbers, as of GPT-2, whose layers keep 17 D of a token
     workload = count_workload(
         data.rows,
         config,
         packed=packed,
         whole_batch=data.whole_batch,
         devices=devices,
-        weigh=lambda tokens, predicted: layer_numbers * tokens + model.vocab * predicted,
+        weigh=lambda tokens, predicted: per_token * tokens + model.vocab * predicted,
     )
     if config.optimizer.in_backward and workload.most_passes > 1:
         raise InputError(
