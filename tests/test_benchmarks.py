@@ -189,3 +189,9 @@ def test_pairs_in_a_store_are_measured_on_the_same_work_as_pairs_in_memory(modul
         ["| 300", "memory"],
         ["| 300", "arrow"],
     ]
+
+
+def test_the_recorded_memory_of_pairs_is_what_the_readme_shows(module):
+    recorded = json.loads((BENCHMARKS / "results" / "data" / "memory.json").read_text())
+    table = module("data_memory").table(recorded["results"])
+    assert table in (BENCHMARKS / "README.md").read_text()
