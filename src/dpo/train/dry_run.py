@@ -15,12 +15,9 @@ from typing import Any, TypeVar
 from dpo.config import PreferenceConfig, RewardConfig, RunConfig, SFTConfig, TrainingConfig
 from dpo.data.order import batch_rows, split_by_tokens, steps_per_epoch
 from dpo.data.pack import packed_tokens
-from dpo.data.prompts import as_text, load_template
+from dpo.data.prompts import as_text
 from dpo.data.rows import Prompt
 from dpo.data.tokenize import EncodedRow, Encoder, TokenSequence
-from dpo.models.adapters import model_below
-from dpo.models.fresh import train_tokenizer
-from dpo.models.load import find_model, positions_of
 from dpo.models.reward import with_end
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.train.encoded import KINDS
@@ -31,7 +28,11 @@ from dpo.train.online import rows_per_round
 from dpo.train.prepare import SplitData, encode_prompts, load_demonstrations, load_prompts
 from dpo.train.reward import KIND_OF, check_margins, texts_of
 from dpo.train.run import read_manifest
-from dpo.train.session import choose_held_out, distinct_prompts, encoder_for, tokenizer_for
+from dpo.train.session import (
+    choose_held_out,
+    distinct_prompts,
+    encoder_without_model,
+)
 from dpo.train.sft import encode_demonstrations
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -219,20 +220,10 @@ class _Watched(Encoder):
 def _open_encoder(
     config: RunConfig, data: SplitData[Any], texts: Sequence[str], trust_remote_code: bool
 ) -> tuple[_Watched, int]:
-    """The run's encoder and the model's positions, from its configuration and tokenizer alone."""
-    model = config.model
-    if model.fresh is not None:
-        tokenizer = train_tokenizer(texts, vocab_size=model.fresh.vocab_size)
-        template, positions = None, model.fresh.positions
-    else:
-        assert model.path is not None
-        source = find_model(
-            model.path, revision=model.revision, trust_remote_code=trust_remote_code
-        )
-        tokenizer = tokenizer_for(model, source)
-        template = load_template(Path(source.path)) if source.local else None
-        positions = positions_of(model_below(source))
-    encoder = encoder_for(config, tokenizer, template, positions, data)
+    """The run's encoder, watched, and the model's positions."""
+    encoder, positions = encoder_without_model(
+        config, data, texts, trust_remote_code=trust_remote_code
+    )
     return _Watched(encoder.tokenizer, encoder.template, encoder.max_length), positions
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +13,8 @@ from dpo.config import ModelConfig, PreferenceConfig, SFTConfig
 from dpo.core import cost
 from dpo.core.cost import ModelSize, Operations, StepPeak, StepSettings
 from dpo.core.machines import GIB, Machine
-from dpo.data.prompts import as_text, load_template
-from dpo.data.tokenize import Encoder, TokenSequence
+from dpo.data.prompts import as_text
+from dpo.data.tokenize import TokenSequence
 from dpo.errors import InputError
 from dpo.models.counts import (
     Architecture,
@@ -25,8 +23,7 @@ from dpo.models.counts import (
     measure_pass,
     read_architecture,
 )
-from dpo.models.fresh import train_tokenizer
-from dpo.models.load import find_model, find_tokenizer, load_tokenizer
+from dpo.models.load import find_model
 from dpo.models.plan import scoring_plan
 from dpo.train.adapters import settings_of
 from dpo.train.encoded import KINDS
@@ -35,7 +32,7 @@ from dpo.train.loop import total_steps
 from dpo.train.objective import make_objective
 from dpo.train.preference import ALONG, without_side
 from dpo.train.prepare import SplitData, load_demonstrations, seeded_choice
-from dpo.train.session import Policy, make_run_encoder
+from dpo.train.session import encoder_without_model
 from dpo.train.sft import encode_demonstrations
 from dpo.train.workload import Workload, count_workload
 
@@ -106,11 +103,10 @@ def read_data(config: Trained, *, trust_remote_code: bool = False) -> RunData:
     else:
         objective = make_objective(config.loss)
         data = load_rows_for(objective.kind, config.data)
-    texts = (
-        [f"{as_text(row.prompt)}\n{row.response}" for row in data.train] if _fresh(config) else []
-    )
-    tokenizer = _tokenizer(config.model, texts, trust_remote_code)
-    encoder = _encoder(config, tokenizer, data, trust_remote_code)
+    fresh = config.model.fresh is not None  # then of demonstrations: a policy is not fresh
+    texts = [f"{as_text(row.prompt)}\n{row.response}" for row in data.train] if fresh else []
+    encoder, _ = encoder_without_model(config, data, texts, trust_remote_code=trust_remote_code)
+    tokenizer = encoder.tokenizer
     few = [data.train[i] for i in seeded_choice(len(data.train), MOST_ROWS, seed=config.seed)]
     if isinstance(config, SFTConfig):
         encoded = encode_demonstrations(
@@ -132,36 +128,11 @@ def read_data(config: Trained, *, trust_remote_code: bool = False) -> RunData:
     return RunData(rows, len(data.train), tokenizer, objective.whole_batch, tuple(remarks))
 
 
-def _fresh(config: Trained) -> bool:
-    return config.model.fresh is not None
-
-
-def _tokenizer(model: ModelConfig, texts: Sequence[str], trust_remote_code: bool) -> Any:
-    if model.fresh is not None:
-        return train_tokenizer(texts, vocab_size=model.fresh.vocab_size)
-    if model.tokenizer is not None:
-        return load_tokenizer(find_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code))
-    return load_tokenizer(_source(model, trust_remote_code))
-
-
 def _source(model: ModelConfig, trust_remote_code: bool, *, key: str = "model") -> Any:
     assert model.path is not None
     return find_model(
         model.path, revision=model.revision, trust_remote_code=trust_remote_code, key=key
     )
-
-
-def _encoder(
-    config: Trained, tokenizer: Any, data: SplitData[Any], trust_remote_code: bool
-) -> Encoder:
-    """The run's encoder, made with a model that has no memory."""
-    template = None
-    if config.model.path is not None:
-        source = _source(config.model, trust_remote_code)
-        template = load_template(Path(source.path)) if source.local else None
-    architecture = architecture_of(config, tokenizer, trust_remote_code=trust_remote_code)
-    model = replace(architecture, adapter=None).build(layers=1)
-    return make_run_encoder(config, Policy(model, tokenizer, template, "model"), data)
 
 
 def architecture_of(

@@ -23,7 +23,7 @@ from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, Unpai
 from dpo.data.split import Digests, prompt_digests
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
-from dpo.models.adapters import AdapterSettings, open_model
+from dpo.models.adapters import AdapterSettings, model_below, open_model
 from dpo.models.export import model_card, save_pretrained
 from dpo.models.fresh import fresh_gpt2, train_tokenizer
 from dpo.models.generate import generate
@@ -35,6 +35,7 @@ from dpo.models.load import (
     load_tokenizer,
     max_positions,
     pick_device,
+    positions_of,
     tokenizer_digest,
     weights_digest,
 )
@@ -165,6 +166,36 @@ def prompts_seen(config: RunConfig, data: SplitData[Any]) -> Digests:
     before = train_prompts(Path(config.model.path).expanduser()) if config.model.path else None
     own = prompt_digests(row.prompt for row in data.train)
     return own if before is None else np.union1d(before, own)
+
+
+def encoder_without_model(
+    config: RunConfig,
+    data: SplitData[Any],
+    texts: Sequence[str],
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[Encoder, int]:
+    """The run's encoder and its model's positions, from configuration and tokenizer alone.
+
+    Args:
+        texts: what a fresh model's tokenizer is learnt from.
+
+    Raises:
+        InputError: as training would, for tokenizer and template.
+    """
+    model = config.model
+    if model.fresh is not None:
+        tokenizer = train_tokenizer(texts, vocab_size=model.fresh.vocab_size)
+        template, positions = None, model.fresh.positions
+    else:
+        assert model.path is not None
+        source = find_model(
+            model.path, revision=model.revision, trust_remote_code=trust_remote_code
+        )
+        tokenizer = tokenizer_for(model, source)
+        template = load_template(Path(source.path)) if source.local else None
+        positions = positions_of(model_below(source))
+    return encoder_for(config, tokenizer, template, positions, data), positions
 
 
 @contextmanager
