@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,7 +22,7 @@ from dpo.loss_config import (
     takes_reference,
     with_name,
 )
-from dpo.sections import Count, Folder, NonNegative, Positive, Seed, shorthand
+from dpo.sections import Count, Folder, NonNegative, Positive, Seed, shorthand, shorthand_for
 from dpo.sections import Section as Section
 
 
@@ -201,15 +200,6 @@ class EvaluationDuringTraining(Section):
     max_new_tokens: Count = Field(128, description="Longest generation, in tokens.")
 
 
-def _model_shorthand(value: Any) -> Any:
-    """`reward=runs/reward` means `reward.model=runs/reward`."""
-    if isinstance(value, str):
-        return {"model": value}
-    if isinstance(value, Mapping) and "path" in value:  # what `reward=x reward.label=y` became
-        return {"model": value["path"]} | {key: value[key] for key in value if key != "path"}
-    return value
-
-
 class RewardSourceConfig(Section):
     """What scores responses: a model or a function."""
 
@@ -240,7 +230,7 @@ class RewardSourceConfig(Section):
         return self
 
 
-RewardSource = Annotated[RewardSourceConfig, BeforeValidator(_model_shorthand)]
+RewardSource = Annotated[RewardSourceConfig, BeforeValidator(shorthand_for("model"))]
 
 
 class PreferenceEvaluation(EvaluationDuringTraining):
@@ -262,15 +252,6 @@ class PreferenceEvaluation(EvaluationDuringTraining):
         if self.reward is not None and self.kl_prompts == 0:
             raise ValueError("reward has no effect when kl_prompts is 0")
         return self
-
-
-def _kind_shorthand(value: Any) -> Any:
-    """`adapter=lora` means `adapter.kind=lora`."""
-    if isinstance(value, str):
-        return {"kind": value}
-    if isinstance(value, Mapping) and "path" in value:  # what `adapter=lora adapter.rank=8` became
-        return {"kind": value["path"]} | {key: value[key] for key in value if key != "path"}
-    return value
 
 
 class AdapterConfig(Section):
@@ -296,15 +277,6 @@ TrackerName = Literal["wandb", "mlflow", "trackio"]
 def _tracker_names(value: Any) -> Any:
     """`report_to=wandb` means `report_to=[wandb]`."""
     return [value] if isinstance(value, str) else value
-
-
-def _repo_shorthand(value: Any) -> Any:
-    """`push_to_hub=me/model` means `push_to_hub.repo=me/model`."""
-    if isinstance(value, str):
-        return {"repo": value}
-    if isinstance(value, Mapping) and "path" in value:  # with `push_to_hub.private=false` too
-        return {"repo": value["path"]} | {key: value[key] for key in value if key != "path"}
-    return value
 
 
 class HubConfig(Section):
@@ -342,7 +314,7 @@ class RunConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, slower."
     )
-    adapter: Annotated[AdapterConfig | None, BeforeValidator(_kind_shorthand)] = Field(
+    adapter: Annotated[AdapterConfig | None, BeforeValidator(shorthand_for("kind"))] = Field(
         None, description="Train an adapter and leave the weights; none: train all of them."
     )
     evaluation: EvaluationDuringTraining = EvaluationDuringTraining()
@@ -351,7 +323,7 @@ class RunConfig(Section):
         default=[],
         description="Who is told the metrics, beside TensorBoard: wandb, mlflow, trackio.",
     )
-    push_to_hub: Annotated[HubConfig | None, BeforeValidator(_repo_shorthand)] = Field(
+    push_to_hub: Annotated[HubConfig | None, BeforeValidator(shorthand_for("repo"))] = Field(
         None, description="Upload the finished run's model to the hub; none: it stays here."
     )
 

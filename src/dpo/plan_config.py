@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from dpo.config import PreferenceConfig, SFTConfig
 from dpo.core.machines import GPUS
-from dpo.sections import Count, Folder, Positive, Section
-
-
-def _gpu_shorthand(value: Any) -> Any:
-    """`machine=H100` means `machine.gpu=H100`."""
-    if isinstance(value, str):
-        return {"gpu": value}
-    if isinstance(value, dict) and "path" in value:  # what `machine=H100 machine.devices=8` became
-        return {"gpu": value["path"]} | {key: value[key] for key in value if key != "path"}
-    return value
+from dpo.sections import Count, Folder, Positive, Section, shorthand_for
 
 
 class MachineConfig(Section):
@@ -51,7 +42,7 @@ class MachineConfig(Section):
         return name
 
 
-Machine = Annotated[MachineConfig, BeforeValidator(_gpu_shorthand)]
+Machine = Annotated[MachineConfig, BeforeValidator(shorthand_for("gpu"))]
 NOWHERE = Field("runs/plan", description="As in the run's own configuration; nothing is written.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -30,3 +31,23 @@ class Section(BaseModel):
 def shorthand(value: Any) -> Any:
     """`model=gpt2` means `model.path=gpt2`; a list of files means `data.path` too."""
     return {"path": value} if isinstance(value, str | list) else value
+
+
+def shorthand_for(key: str) -> Callable[[Any], Any]:
+    """A validator with which `section=text` means `section.KEY=text`.
+
+    >>> adapter = shorthand_for("kind")
+    >>> adapter("lora")
+    {'kind': 'lora'}
+    >>> adapter({"path": "lora", "rank": 8})  # what `adapter=lora adapter.rank=8` became
+    {'kind': 'lora', 'rank': 8}
+    """
+
+    def validator(value: Any) -> Any:
+        if isinstance(value, str):
+            return {key: value}
+        if isinstance(value, Mapping) and "path" in value:
+            return {key: value["path"]} | {k: value[k] for k in value if k != "path"}
+        return value
+
+    return validator
