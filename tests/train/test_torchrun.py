@@ -86,7 +86,7 @@ def test_torchrun_passes_signals_on_and_a_stopped_process_ends_all(tmp_path):
     said, _ = process.communicate(timeout=120)
     assert time.monotonic() - begun < 60
     assert process.returncode == 1
-    assert "did not answer for 5 seconds" in said
+    assert "did not answer for 5 seconds" in said, said
     assert "exitcode  : 6" in said
 
 
