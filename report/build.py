@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import typst
 
 from dpo.config import Section
-from dpo.config_files import read_config
+from dpo.config_files import flat, read_config
 from dpo.errors import DPOError, InputError
 from dpo.experiment.exact_config import ExactStudyConfig
 from dpo.experiment.frontier_config import FrontierConfig
@@ -74,9 +72,9 @@ def require_studies() -> None:
             if not (folder / file).exists():
                 raise InputError(f"studies/results/{name}/{file} is missing; {remedy}")
         text = (folder / "study.json").read_text(encoding="utf-8")
-        recorded = dict(leaves(json.loads(text)["config"]))
+        recorded = dict(flat(json.loads(text)["config"]))
         config = read_config(schema, STUDIES_FOLDER / f"{name}.yaml").model_dump(mode="json")
-        for key, value in leaves(config):
+        for key, value in flat(config):
             found = recorded.get(key)
             same = set(value) <= set(found or ()) if key == "seeds" else found == value
             if not same and key not in FREE:
@@ -84,15 +82,6 @@ def require_studies() -> None:
                     f"studies/results/{name}: recorded with {key}={found}, but "
                     f"studies/{name}.yaml has {value}; {remedy}"
                 )
-
-
-def leaves(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their dotted keys."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{above}{key}.")
-        else:
-            yield above + key, value
 
 
 def build(png: Path | None = None) -> Path:

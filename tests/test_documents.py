@@ -8,27 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
 from dpo.config_files import read_config
-from dpo.evaluation_config import EvaluateConfig
 from dpo.experiment import frontier_config, losses, sentiment_config
 from dpo.experiment.exact_config import ExactStudyConfig
 from dpo.experiment.frontier_config import FrontierConfig
 from dpo.experiment.losses import LossStudyConfig
 from dpo.experiment.sentiment_config import SentimentConfig
 from dpo.experiment.study import StudyConfig, plan
-from dpo.online_config import OnlineConfig, PPOConfig
+from dpo.schemas import SCHEMAS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCHEMAS = {
-    "sft": SFTConfig,
-    "train": PreferenceConfig,
-    "reward": RewardConfig,
-    "online": OnlineConfig,
-    "ppo": PPOConfig,
-    "evaluate": EvaluateConfig,
-}
 
 
 def readme_commands():

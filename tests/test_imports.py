@@ -13,6 +13,7 @@ PACKAGE = Path(dpo.__file__).parent
 BASE = {
     *("errors", "atomic", "progress", "sections", "config_files"),
     *("config", "loss_config", "online_config", "plan_config", "evaluation_config"),
+    "schemas",
 }
 ALLOWED = {
     "__init__": {
@@ -32,6 +33,7 @@ ALLOWED = {
     "config": {"errors", "loss_config", "sections"},
     "online_config": {"config", "loss_config", "sections"},
     "evaluation_config": {"config", "sections"},
+    "schemas": {"config", "evaluation_config", "online_config", "plan_config"},
     "config_files": {"errors", "loss_config", "sections"},
     "plan_config": {"config", "core", "sections"},
     "core": {"errors"},

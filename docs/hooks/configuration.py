@@ -10,28 +10,19 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
 from dpo.config_files import sections_of
-from dpo.evaluation_config import EvaluateConfig
 from dpo.experiment.exact_config import ExactStudyConfig
 from dpo.experiment.frontier_config import FrontierConfig
 from dpo.experiment.losses import LossStudyConfig
 from dpo.experiment.sentiment_config import SentimentConfig
 from dpo.experiment.study import StudyConfig
-from dpo.online_config import OnlineConfig, PPOConfig
-from dpo.plan_config import PreferencePlanConfig
 from dpo.report.loss_pages import allowed
+from dpo.schemas import SCHEMAS as COMMANDS
 from dpo.train.recipe import InitConfig
 
 SCHEMAS: dict[str, type[BaseModel]] = {
-    "sft": SFTConfig,
-    "train": PreferenceConfig,
-    "reward": RewardConfig,
-    "online": OnlineConfig,
-    "ppo": PPOConfig,
-    "evaluate": EvaluateConfig,
+    **COMMANDS,
     "init": InitConfig,
-    "plan": PreferencePlanConfig,
     "experiment run": StudyConfig,
     "experiment losses": LossStudyConfig,
     "experiment exact": ExactStudyConfig,

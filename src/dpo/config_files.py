@@ -5,9 +5,8 @@ Unknown keys, wrong types and values out of range are reported all at once, by t
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,6 +150,19 @@ def nested(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
     return found
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values: `nested` the other way round. Of an empty section nothing.
+
+    >>> dict(flat({"loss": {"beta": 0.3, "name": "dpo"}, "seed": 0}))
+    {'loss.beta': 0.3, 'loss.name': 'dpo', 'seed': 0}
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def validate(schema: type[Config], values: Mapping[str, Any], *, where: str = "") -> Config:
     """The validated configuration, or every problem in one message.
 
@@ -179,10 +191,7 @@ def _describe(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
         if effectless is not None:
             return f"{key}: {effectless}"
         known = known_keys(schema) + (OPTION_KEYS if "loss" in schema.model_fields else [])
-        close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-            location[-1], known, n=1
-        )
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(key, known) or did_you_mean(location[-1], known)
         if key in known:
             nested = ": {".join(location[0].split(".")) + ": ..." + "}" * location[0].count(".")
             hint = f"; in a file, write {nested}"

@@ -12,9 +12,9 @@ import pytest
 from typer.main import get_command
 
 from dpo.cli import PANELS, app
-from dpo.cli.completion import schemas
 from dpo.config_files import read_config
 from dpo.experiment.study_config import StudyConfig
+from dpo.schemas import SCHEMAS
 from dpo.train.recipe import InitConfig
 from train.small_runs import dpo
 
@@ -62,12 +62,12 @@ def test_every_example_is_understood(line, tmp_path):
     settings = parsed.params.get("settings") or []
     if path[0] == "init":
         assert read_config(InitConfig, overrides=settings)
-    elif path[0] in schemas() and "=" in settings[0]:
-        assert read_config(schemas()[path[0]], overrides=settings)
-    elif path[0] in schemas():  # on top of a recipe of the user's
+    elif path[0] in SCHEMAS and "=" in settings[0]:
+        assert read_config(SCHEMAS[path[0]], overrides=settings)
+    elif path[0] in SCHEMAS:  # on top of a recipe of the user's
         own = [word for word in settings[1:] if not word.startswith("out=")]
         base = ["model=m", "out=o", *(["reward=r"] if path[0] in ("online", "ppo") else [])]
-        assert read_config(schemas()[path[0]], overrides=[*base, *own])
+        assert read_config(SCHEMAS[path[0]], overrides=[*base, *own])
     elif path == ["experiment", "run"]:
         assert all(word.split("=")[0] == "data.path" for word in settings[1:])
         assert StudyConfig

@@ -39,10 +39,11 @@ from dpo.report.page.folders import (
 from dpo.report.page.layout import page_of
 from dpo.report.page.parts import diagnostics_blocks
 from dpo.report.page.render import render
-from dpo.report.page.reproduce import SCHEMAS, command_line, settings_of, settings_of_evaluation
+from dpo.report.page.reproduce import command_line, settings_of, settings_of_evaluation
 from dpo.report.page.samples import MAX_TEXT, Response, Sample, Samples, of_evaluation, of_run
 from dpo.report.page.verdict import evaluation_verdict, run_verdict, study_verdict
 from dpo.report.page.words import decimal
+from dpo.schemas import SCHEMAS
 from dpo.train.run import read_manifest
 from train.small_runs import dpo, dpo_config, dpo_run, evaluation, sft_run, words_of
 

@@ -76,7 +76,7 @@ def test_a_study_recorded_with_other_settings_or_missing_is_refused(
 
 def test_settings_are_compared_by_their_dotted_keys(build: ModuleType) -> None:
     nested = {"a": {"b": 1, "c.d": 2}, "e": [3]}
-    assert dict(build.leaves(nested)) == {"a.b": 1, "a.c.d": 2, "e": [3]}
+    assert dict(build.flat(nested)) == {"a.b": 1, "a.c.d": 2, "e": [3]}
 
 
 def test_every_check_stands_beside_a_statement_and_every_note_has_a_check() -> None:

@@ -17,28 +17,15 @@ FILES = ("data", "model", "reference", "reward", "path", "test", "out")
 """The last parts of keys whose values are files or folders."""
 
 
-def schemas() -> dict[str, type[BaseModel]]:
-    """The configuration of each command that takes one, but of studies, whose are slow to load."""
-    from dpo import config, evaluation_config, online_config, plan_config
-
-    return {
-        "sft": config.SFTConfig,
-        "train": config.PreferenceConfig,
-        "reward": config.RewardConfig,
-        "online": online_config.OnlineConfig,
-        "ppo": online_config.PPOConfig,
-        "evaluate": evaluation_config.EvaluateConfig,
-        "plan": plan_config.PreferencePlanConfig,
-    }
-
-
 def complete_setting(context: typer.Context, incomplete: str) -> list[str]:
     """Keys of the command as `key=`; after a key and `=`, the values that it can have.
 
     bash takes `key=value` for three words, leaves out an `=` that is the last one, and wants what
     follows it alone.
     """
-    schema = schemas().get(context.info_name or "")
+    from dpo.schemas import SCHEMAS
+
+    schema = SCHEMAS.get(context.info_name or "")
     given: list[str] = context.params.get("settings") or []
     *_, before, last = ["", "", *given]
     if last == "=":
@@ -105,7 +92,9 @@ def _paths(start: str, suffix: str = "") -> Iterator[str]:
 
 def complete_command(incomplete: str) -> list[str]:
     """What `dpo config` takes."""
-    return [name for name in (*schemas(), "experiment") if name.startswith(incomplete)]
+    from dpo.schemas import SCHEMAS
+
+    return [name for name in (*SCHEMAS, "experiment") if name.startswith(incomplete)]
 
 
 def complete_loss(incomplete: str) -> list[str]:

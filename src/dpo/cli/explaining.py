@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dpo.cli.common import EXPLAIN, app
-from dpo.cli.completion import complete_command, complete_loss, schemas
+from dpo.cli.completion import complete_command, complete_loss
 from dpo.cli.teaching import teach
 from dpo.errors import InputError, did_you_mean
 
@@ -36,16 +36,17 @@ def config(
 
 def _schema(command: str) -> type[Any]:
     """The configuration of a command."""
-    known = schemas()
     if command == "experiment":  # heavy, so only where it is asked for
         from dpo.experiment.study import StudyConfig
 
         return StudyConfig
-    if command not in known:
-        names = [*known, "experiment"]
+    from dpo.schemas import SCHEMAS
+
+    if command not in SCHEMAS:
+        names = [*SCHEMAS, "experiment"]
         hint = did_you_mean(command, names) or "."
         raise InputError(f"{command}: expected one of {', '.join(names)}{hint}")
-    return known[command]
+    return SCHEMAS[command]
 
 
 @app.command(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from dpo.atomic import write_json
 from dpo.config import DataConfig, RewardSourceConfig, RunConfig
-from dpo.config_files import validate
+from dpo.config_files import flat, validate
 from dpo.core.frontier import Point
 from dpo.data.synthetic import World
 from dpo.evaluate.frontier import (
@@ -201,17 +200,7 @@ SHARED_KEYS = ("model", "data", "out", "seed", "evaluation", "save_every")
 def named_keys(config: RunConfig) -> list[str]:
     """The dotted keys that a configuration sets, but for those of every run."""
     values = config.model_dump(mode="json", exclude_unset=True, exclude={*SHARED_KEYS})
-    return sorted(_leaves(values))
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += _leaves(value, f"{prefix}{key}.")
-        else:
-            found.append(prefix + key)
-    return found
+    return sorted(key for key, _ in flat(values))
 
 
 def _num_pairs(folder: SeedFolder) -> int:

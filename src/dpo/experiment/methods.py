@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from dpo.config import PreferenceConfig, RunConfig
+from dpo.config_files import flat
 from dpo.errors import InputError
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.report.exact_study import (
@@ -64,15 +65,7 @@ def dotted(values: Any) -> Any:
     >>> dotted({"loss.beta": [0.3], "loss": {"beta": [1]}})
     {'loss.beta': [1]}
     """
-    if not isinstance(values, dict):
-        return values
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= {f"{key}.{inner}": v for inner, v in dotted(value).items()}
-        else:
-            found[str(key)] = value
-    return found
+    return dict(flat(values)) if isinstance(values, dict) else values
 
 
 def dotted_for_each(values: Any) -> Any:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpo.config_files import flat
 from dpo.errors import InputError, reason_of
 
 PROJECT = "dpo"
@@ -77,7 +78,7 @@ class MLflowService:
         found = self._client.get_experiment_by_name(name)
         where = self._client.create_experiment(name) if found is None else found.experiment_id
         self.id = self._client.create_run(where, run_name=folder.name).info.run_id
-        shown = [Param(key, str(value)[:500]) for key, value in dotted(settings)]
+        shown = [Param(key, str(value)[:500]) for key, value in flat(settings)]
         for start in range(0, len(shown), 100):  # the most that a server takes at once
             self._client.log_batch(self.id, params=shown[start : start + 100])
 
@@ -185,16 +186,3 @@ def open_trackers(
                 f"{name} out."
             ) from error
     return opened
-
-
-def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Nested settings as dotted keys.
-
-    >>> list(dotted({"loss": {"name": "dpo", "beta": 0.1}, "seed": 0}))
-    [('loss.name', 'dpo'), ('loss.beta', 0.1), ('seed', 0)]
-    """
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -11,20 +11,10 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel
 
-from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
 from dpo.config_files import sections_of
 from dpo.evaluation_config import EvaluateConfig
-from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.report.page.folders import Record
-
-SCHEMAS: dict[str, type[BaseModel]] = {
-    "sft": SFTConfig,
-    "train": PreferenceConfig,
-    "reward": RewardConfig,
-    "online": OnlineConfig,
-    "ppo": PPOConfig,
-    "evaluate": EvaluateConfig,
-}
+from dpo.schemas import SCHEMAS
 
 
 def command_line(command: str, config: Record, folder: Path) -> str:
