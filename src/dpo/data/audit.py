@@ -6,7 +6,6 @@ control characters are written out, so that no row can drive the terminal.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import unicodedata
@@ -23,7 +22,7 @@ from rich.text import Text
 
 from dpo.data.rows import DemonstrationRow, PreferenceRow, Prompt, RankedRow, Row, UnpairedRow
 from dpo.data.shapes import kind_of_row
-from dpo.data.split import prompt_digest, prompt_digests, prompt_key
+from dpo.data.split import digest64, prompt_digest, prompt_digests, prompt_key
 from dpo.data.tokenize import EncodedRow, TokenSequence
 
 R = TypeVar("R", bound=Row)
@@ -154,9 +153,10 @@ class _Tally:
         kind = kind_of_row(row)
         self.kinds[kind] += 1
         key = prompt_key(row.prompt)
-        self.exact_prompts.append(_digest(key))
+        self.exact_prompts.append(digest64(key.encode()))
         self.prompts.append(prompt_digest(row.prompt))
-        self.rows.append(_digest(json.dumps([kind, key, texts, _judgement(row)])))
+        content = json.dumps([kind, key, texts, _judgement(row)])
+        self.rows.append(digest64(content.encode()))
         self.num_identical += _is_identical(row)
         self.num_responses += len(texts)
         self.num_empty += sum(not text.strip() for text in texts)
@@ -184,10 +184,6 @@ def _judgement(row: Row) -> object:
     if isinstance(row, DemonstrationRow) or row.scores is None:
         return None
     return [score + 0.0 for score in row.scores]
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _num_distinct(digests: array[int]) -> int:

@@ -57,8 +57,13 @@ def _key(prompt: Prompt, canonical: Callable[[str], str]) -> str:
 
 
 def prompt_digest(prompt: Prompt) -> int:
-    """The first 8 bytes of the SHA-256 of the prompt's near key, an unsigned 64-bit integer."""
-    return int.from_bytes(hashlib.sha256(near_key(prompt).encode()).digest()[:8], "big")
+    """The 64-bit digest of the prompt's near key."""
+    return digest64(near_key(prompt).encode())
+
+
+def digest64(data: bytes) -> int:
+    """The first 8 bytes of the SHA-256, an unsigned 64-bit integer."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
 Place = tuple[float, str]
@@ -126,8 +131,7 @@ def split_by_prompt(rows: Sequence[R], *, test_fraction: float, seed: int) -> Sp
 
 def _place(seed: int, prompt: Prompt) -> Place:
     key = near_key(prompt)
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64, key
+    return digest64(f"{seed}:{key}".encode()) / 2**64, key
 
 
 def overlap(train: Iterable[Row], test: Iterable[Row]) -> tuple[Prompt, ...]:

@@ -34,6 +34,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dpo.data.split import digest64
 from dpo.errors import InputError
 from dpo.models.generate import SampledResponse, check_sampling, until_stop
 from dpo.models.load import ModelSource, explain, holds_adapter, max_positions
@@ -105,8 +106,7 @@ def request_seed(seed: int, key: str) -> int:
 
     63 bits: it must fit an int64, and must not be -1.
     """
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return digest64(f"{seed}:{key}".encode()) >> 1
 
 
 class VllmModel:

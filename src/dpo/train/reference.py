@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpo.atomic import replace_file, storage_errors
+from dpo.data.split import digest64
 from dpo.data.store import cache_folder as cache_folder  # "as": for others to import from here
 from dpo.data.tokenize import TokenSequence
 from dpo.models.load import weights_digest
@@ -176,8 +177,7 @@ def _ranges(starts: Integers, sizes: Integers) -> Integers:
 
 
 def _prompt_digest(sequence: TokenSequence) -> int:
-    ids = np.asarray(sequence.ids[: sequence.prompt_length], np.int64)
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+    return digest64(np.asarray(sequence.ids[: sequence.prompt_length], np.int64).tobytes())
 
 
 def _write(file: Path, values: Tensor) -> None:
