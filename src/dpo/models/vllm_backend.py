@@ -35,7 +35,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dpo.data.split import digest64
-from dpo.errors import InputError
+from dpo.errors import InputError, reason_of
 from dpo.models.generate import SampledResponse, check_sampling, until_stop
 from dpo.models.load import ModelSource, explain, holds_adapter, max_positions
 
@@ -58,7 +58,7 @@ def need_vllm() -> ModuleType:
         return importlib.import_module("vllm")
     except (ImportError, OSError) as error:  # OSError: a library of CUDA is not there
         raise InputError(
-            f"backend: vllm cannot be imported ({' '.join(str(error).split())[:200]}); pip install "
+            f"backend: vllm cannot be imported ({reason_of(error)}); pip install "
             "'direct-preference-optimization[vllm]', or leave backend out."
         ) from error
 
@@ -220,9 +220,8 @@ class VllmModel:
                 generation_config="vllm",
             )
         except Exception as error:  # vLLM raises what its parts raise
-            reason = " ".join(str(error).split())
             raise InputError(
-                f"{self._source.path}: vLLM cannot serve it: {reason[:300]}"
+                f"{self._source.path}: vLLM cannot serve it: {reason_of(error)}"
             ) from error
 
     def close(self) -> None:
