@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2To
 from transformers.activations import NewGELUActivation
 
 from dpo.data.files import existing
-from dpo.errors import InputError, did_you_mean_path
+from dpo.errors import InputError, did_you_mean_path, reason_of
 
 log = logging.getLogger("dpo")
 
@@ -105,7 +105,7 @@ def find_tokenizer(name: str, *, trust_remote_code: bool = False) -> ModelSource
 
 def explain(error: Exception, what: str, source: ModelSource) -> InputError:
     """One sentence for whatever a loader raised."""
-    reason = " ".join(str(error).split())
+    reason = reason_of(error)
     if source.local:
         pickled = [name for name in PICKLED_WEIGHTS if (Path(source.path) / name).exists()]
         if pickled and not any(Path(source.path).glob("*.safetensors")):
@@ -113,10 +113,10 @@ def explain(error: Exception, what: str, source: ModelSource) -> InputError:
                 f"{source.path}: its weights are pickled ({pickled[0]}), which can run code when "
                 "read; convert them to safetensors first."
             )
-        return InputError(f"{source.path}: its {what} cannot be loaded: {reason[:300]}")
+        return InputError(f"{source.path}: its {what} cannot be loaded: {reason}")
     return InputError(
         f"{source.path!r:.200} is no local folder, and its {what} cannot be had from the hub: "
-        f"{reason[:300]}{did_you_mean_path(source.path)}"
+        f"{reason}{did_you_mean_path(source.path)}"
     )
 
 

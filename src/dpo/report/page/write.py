@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from dpo.atomic import write_text
+from dpo.errors import reason_of
 from dpo.report.page.folders import STUDY_FILE, Gathered, RunFolder, StudyFolder, gather
 from dpo.report.page.images import draw_evaluation, draw_run
 from dpo.report.page.layout import page_of
@@ -62,5 +63,4 @@ def leave_page(folder: Path, study: BaseModel | None = None) -> None:
             write_text(folder / STUDY_FILE, yaml.safe_dump(given, sort_keys=False))
         log.info("Page: %s", write_page(folder))
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        log.warning("%s: the page could not be written (%s).", folder / PAGE, reason)
+        log.warning("%s: the page could not be written (%s).", folder / PAGE, reason_of(error))
