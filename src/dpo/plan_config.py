@@ -43,7 +43,7 @@ class MachineConfig(Section):
 
 
 Machine = Annotated[MachineConfig, BeforeValidator(shorthand_for("gpu"))]
-NOWHERE = Field("runs/plan", description="As in the run's own configuration; nothing is written there.")
+NOWHERE = Field("runs/plan", description="As in the run's settings; nothing is written there.")
 
 
 class SFTPlanConfig(SFTConfig):
