@@ -45,7 +45,7 @@ def start(size: int, work: Callable[[int], object], *, said: Path | None = None)
     return [fork(lambda rank=rank: as_rank(rank)) for rank in range(size)]
 
 
-def wait(processes: list[int], *, seconds: float = 60) -> list[int | None]:
+def wait(processes: list[int], *, seconds: float) -> list[int | None]:
     """Their exit codes, or minus signals; None for one that does not end in time."""
     codes: list[int | None] = [None] * len(processes)
     end = time.monotonic() + seconds
@@ -59,8 +59,12 @@ def wait(processes: list[int], *, seconds: float = 60) -> list[int | None]:
 
 
 def on_ranks(size: int, work: Callable[[int], object], **options: Path) -> list[int | None]:
-    """Do `work(rank)` in `size` processes; their exit codes."""
-    return wait(start(size, work, **options))
+    """Do `work(rank)` in `size` processes; their exit codes.
+
+    Each joins a group once at most: the second time it may find the first group's store, as long as
+    another process still holds it.
+    """
+    return wait(start(size, work, **options), seconds=290)  # before small_runs.fork ends them
 
 
 def train(config: SFTConfig | PreferenceConfig) -> None:

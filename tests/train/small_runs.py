@@ -227,7 +227,7 @@ def fork(work: Callable[[], object]) -> int:
         child = os.fork()
     if child == 0:
         code = 0
-        signal.alarm(120)  # a child that hangs fails its test, not the suite
+        signal.alarm(300)  # a child that hangs fails its test, not the suite
         try:
             work()
         except BaseException as error:

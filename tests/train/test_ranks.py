@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-import time
 from functools import cache, partial
 
 import pytest
@@ -140,9 +139,7 @@ def test_one_rank_killed_ends_all_and_the_next_launch_ends_as_if_nothing_had_bee
             signal_at(13, signal.SIGKILL)
         train(config)
 
-    begun = time.monotonic()
-    codes = on_ranks(2, killed, said=tmp_path)
-    assert time.monotonic() - begun < 60
+    codes = wait(start(2, killed, said=tmp_path), seconds=60)
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == RankLost.exit_code == 6
     said = (tmp_path / f"rank-{1 - victim}.txt").read_text()
@@ -379,12 +376,12 @@ def test_what_several_processes_cannot_do_is_said(tmp_path):
         ),
     ]
 
-    def all_of_them(rank):
-        for kind, changes, sentence in cases:
-            with pytest.raises(InputError, match=sentence):
-                train(config_of("dpo", kind, tmp_path / kind, changes))
+    def refused(rank, kind, changes, sentence):
+        with pytest.raises(InputError, match=sentence):
+            train(config_of("dpo", kind, tmp_path / kind, changes))
 
-    assert on_ranks(2, all_of_them) == [0, 0]
+    for case in cases:
+        assert on_ranks(2, lambda rank, case=case: refused(rank, *case)) == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["llama", "neox"])
