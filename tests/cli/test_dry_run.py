@@ -147,6 +147,9 @@ def test_the_configuration_that_it_prints_is_the_resolved_one(tmp_path, no_weigh
 def test_it_says_what_the_output_folder_is(tmp_path):
     assert dry_run(dpo_config(dpo_run())).state == "finished"
     assert dry_run(dpo_config(tmp_path / "new")).state == "new"
+    (tmp_path / "refused").mkdir()
+    (tmp_path / "refused" / ".lock").touch()  # what a run leaves that was refused
+    assert dry_run(dpo_config(tmp_path / "refused")).state == "new"
     (tmp_path / "precious.txt").write_text("")
     assert dry_run(dpo_config(tmp_path)).state == "not a run"
 

@@ -710,6 +710,15 @@ def other_run(tmp_path):
     return folder
 
 
+def test_a_comparison_never_takes_the_place_of_a_runs_page(tmp_path):
+    other = other_run(tmp_path)
+    before = (other / "index.html").read_bytes()
+    said = dpo("compare", dpo_run(), other, "--out", other)
+    assert said.code == 2
+    assert said.err == f"--out: {other} is a run, whose own page would be lost; name another."
+    assert (other / "index.html").read_bytes() == before
+
+
 def test_runs_side_by_side_show_what_differs_and_only_that(tmp_path):
     out = tmp_path / "comparison"
     said = dpo("compare", dpo_run(), other_run(tmp_path), "--out", out)

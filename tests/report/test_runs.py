@@ -112,6 +112,9 @@ def test_paired_tests_are_shown_with_their_interval_and_unknown_differences_are_
     text = shown(runs.tests_table([PairedTest(**values)]))
     for part in ("a[b]", "-12.5%", "[-50.0%, +25.0%]", "0.750", "0.123", "7"):
         assert part in text
+    narrow = Console(file=io.StringIO(), width=60)
+    narrow.print(runs.tests_table([PairedTest(**values)]))
+    assert "\u2026" not in narrow.file.getvalue()  # folded, and nothing cut away
     unknown = shown(
         runs.tests_table([PairedTest(**values | {"difference": None, "temperature": None})])
     )

@@ -59,7 +59,8 @@ def diagnose_run(folder: Path) -> Diagnosis:
     """
     measured = [row for row in read_metrics(folder) if "eval/loss" in row]
     pairs = HeldOut.of_run(folder)
-    if not measured and not pairs.num:
+    compared = any("eval/kl" in row or "eval/reward" in row for row in measured)
+    if not compared and not pairs.num:
         raise InputError(
             f"{folder}: there is nothing to diagnose; expected the folder of a run of dpo train, "
             "dpo online or dpo ppo, or of dpo evaluate (with scored.jsonl)."

@@ -72,12 +72,12 @@ def render_win_rates(table: Sequence[WinRateRow]) -> Table:
     from rich.text import Text
 
     shown = Table(title="Sentence-BERT win rates (wins among decided responses)")
-    shown.add_column("model")
+    shown.add_column("model", overflow="fold")
     confidence = f"{table[0].confidence:.0%} " if table else ""
     for name in ("temperature", "n", "win rate", f"{confidence}interval", "ties"):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", overflow="fold")
     for name in ("mean margin", "truncated", "mean tokens"):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", overflow="fold")
     for row, previous in zip(table, [None, *table], strict=False):
         if previous and row.kind != previous.kind:
             shown.add_section()

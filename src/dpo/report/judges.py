@@ -15,10 +15,10 @@ def head_to_head_table(rows: Sequence[HeadToHead]) -> Table:
     """Win rates of a against b by each judge, with p-values after Holm's correction."""
     table = Table(title="Head to head (wins of a among decided; p of the sign test after Holm's)")
     for name in ("judge", "a", "b"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     confidence = f"{rows[0].confidence:.0%} " if rows else ""
     for name in ("temperature", "n", "win rate", f"{confidence}interval", "ties", "p"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row, previous in zip(rows, [None, *rows], strict=False):
         if previous and (row.judge, row.family) != (previous.judge, previous.family):
             table.add_section()

@@ -69,7 +69,7 @@ def run_table(folder: Path, metrics: list[dict[str, Any]]) -> Table:
     table = Table(title=Text(str(folder)))
     table.add_column("held-out rows")
     for name, row in ends.items():
-        table.add_column(f"{name} (step {row['step']})", justify="right")
+        table.add_column(f"{name} (step {row['step']})", justify="right", overflow="fold")
     for key, name in SUMMARY:
         if key in ends["start"]:
             table.add_row(name, *(f"{float(row[key]):.4g}" for row in ends.values()))
@@ -118,9 +118,9 @@ def evaluation_figures(evaluation: Evaluation, figures: Path) -> None:
 def reward_table(rows: list[RewardRow]) -> Table:
     """True reward with its interval, and what it is made of."""
     table = Table(title="True reward (embedded data)")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for name in ("temperature", "n", "reward", "95% interval", "right", "polite", "rude"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         table.add_row(
             Text(row.model),
@@ -139,7 +139,7 @@ def tests_table(tests: list[PairedTest]) -> Table:
     """Differences of win rates on the same prompts, with tests corrected for their number."""
     table = Table(title="Paired tests on the same prompts (p values after Holm's correction)")
     for name in ("a", "b"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name in (
         "temperature",
         "prompts",
@@ -148,7 +148,7 @@ def tests_table(tests: list[PairedTest]) -> Table:
         "McNemar p",
         "margin p",
     ):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for test in tests:
         difference = "" if test.difference is None else f"{test.difference:+.1%}"
         table.add_row(

@@ -50,7 +50,7 @@ def on_screen(title: str, table: Sequence[Sequence[str]]) -> Table:
     head, *rows = table
     shown = Table(title=title)
     for number, name in enumerate(head):
-        shown.add_column(name, justify="left" if number == 0 else "right")
+        shown.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         shown.add_row(*map(Text, row))
     return shown

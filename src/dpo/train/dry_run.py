@@ -27,7 +27,7 @@ from dpo.train.objective import check_scores, make_objective
 from dpo.train.online import rows_per_round
 from dpo.train.prepare import SplitData, encode_prompts, load_demonstrations, load_prompts
 from dpo.train.reward import KIND_OF, check_margins, texts_of
-from dpo.train.run import read_manifest
+from dpo.train.run import foreign_files, read_manifest
 from dpo.train.session import (
     choose_held_out,
     distinct_prompts,
@@ -301,7 +301,7 @@ def _trained(
 
 def _state(folder: Path) -> str:
     """What the run directory is before the run: training goes on in one of its own only."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not foreign_files(folder):
         return "new"
     status = read_manifest(folder).get("status")
     return {"started": "unfinished", "finished": "finished"}.get(str(status), "not a run")

@@ -208,11 +208,10 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     file = folder / "config.json"
     known = _read_json(file)
     if known is None or "command" not in known:  # a model's folder has a config.json as well
-        torn = {*folder.glob(".config.json.*.tmp"), folder / ".lock"}
-        foreign = sorted(f.name for f in folder.iterdir() if f not in torn)
-        if foreign:
+        others = foreign_files(folder)
+        if others:
             raise InputError(
-                f"out: {folder} is not empty and holds no run ({', '.join(foreign[:3])}); "
+                f"out: {folder} is not empty and holds no run ({', '.join(others[:3])}); "
                 "name a new folder."
             )
         write_json(file, identity)
@@ -224,6 +223,12 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
             f"out: {folder} holds a run with other settings; name a new folder, or set them "
             f"back:\n{lines}"
         )
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """The names in a folder beside what a run leaves that was refused before it began."""
+    torn = {*folder.glob(".config.json.*.tmp"), folder / ".lock"}
+    return sorted(file.name for file in folder.iterdir() if file not in torn)
 
 
 def _origin(identity: Mapping[str, Any]) -> Origin:
