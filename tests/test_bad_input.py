@@ -395,7 +395,7 @@ SETTINGS = [
     setting("text for a number", "batch.size=many", "batch.size: input should be a valid integer"),
     setting("a number for text", "data.template=5", "expected text, in quotes where it would"),
     setting("a value for a section", "batch=3", "expected keys and values, e.g. batch.size="),
-    setting("a text for a list", "loss.mix=dpo", "loss.mix: expected a list (got 'dpo')"),
+    setting("a text for a list", "loss.mix=dpo", "expected a list, e.g. loss.mix=[dpo]"),
     setting("a mixture of one", "loss.mix=[{name: dpo}]", "loss.mix: list should have at least 2"),
     setting("another loss's option", "loss.gamma=1", "has no effect with loss dpo", "take it"),
     setting("no such loss", "loss.name=ippo", "there is no such loss (got 'ippo')", "ipo"),
@@ -563,7 +563,7 @@ EVALUATIONS = [
     evaluation("few prompts", "expected at least 2, since the null", data__synthetic__num_rows=2),
     study("a grid's key", "grid.loss.betta=[1]", "dpo, betta 1: loss.betta: unknown key"),
     study("a grid's value", "grid.loss.beta=[0.1, -1]", "dpo, beta -1: loss.beta: input should be"),
-    study("a grid's list", "grid.loss.beta=1", "grid.loss.beta: expected a list (got 1)"),
+    study("a grid's list", "grid.loss.beta=1", "expected a list, e.g. grid.loss.beta=[1]"),
     study(
         "nothing to try", "grid.loss.beta=[]", "grid.loss.beta: list should have at least 1 item"
     ),
@@ -626,7 +626,7 @@ def test_the_mended_command_takes_the_folder_that_the_mistake_had(tmp_path):
 def test_what_a_file_holds_cannot_drive_the_terminal_through_a_message(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text('"ev\\e[31mil\\u202e": 1\n')
-    Path("rows.jsonl").write_text('{"prompt": "a", "ev\\u001b[31mil": 1}\n')
+    Path("rows.jsonl").write_text('{"q": "a", "ev\\u001b[31mil": 1}\n')
     for words in (["train", "c.yaml"], ["data", "check", "rows.jsonl"], ["losses", "a\x1b[2J"]):
         said = dpo(*words)
         assert said.code == 2

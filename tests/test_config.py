@@ -69,7 +69,7 @@ WRONG = {
     "loss.label_smoothing": ["0.5", "-0.1", ".nan", "nan"],
     "loss.name": ["ippo", "5", "null", "[dpo]"],
     "optimizer.learning_rate": ["0", "-1e-6", ".nan", ".inf"],
-    "optimizer.warmup": ["1", "-0.1", ".nan"],
+    "optimizer.warmup": ["1.5", "-0.1", ".nan", ".inf"],
     "optimizer.weight_decay": ["-1", ".nan"],
     "optimizer.schedule": ["stairs"],
     "optimizer.max_grad_norm": ["0", ".inf"],

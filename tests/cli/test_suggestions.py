@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dpo.errors import did_you_mean, did_you_mean_path
@@ -79,8 +81,11 @@ def test_a_setting_without_its_value_is_not_taken_for_a_file():
     assert late.endswith("e.g. loss.beta=0.1; a configuration file comes first.")
 
 
-def test_the_ends_of_the_sentences():
+def test_the_ends_of_the_sentences(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert did_you_mean("cosin", ["linear", "cosine"]) == "; did you mean cosine?"
     assert did_you_mean("x", ["linear", "cosine"]) == ""
+    Path("rows.jsonl").touch()
+    assert did_you_mean_path("other.jsonl") == ""  # alike in nothing but their ending
     assert did_you_mean_path("no/such/folder/at/all") == ""
     assert did_you_mean_path("nul\0l") == ""

@@ -211,7 +211,8 @@ def test_processes_share_a_step_and_with_fsdp_the_state():
 
 
 def test_a_run_is_described_in_sentences():
-    lines = describe_run(sft_config(Path("nowhere")))
+    config = sft_config(Path("nowhere"))
+    lines = describe_run(config, read_data(config))
     assert any(line.startswith("75 training rows; 6 steps of 8 rows") for line in lines)
     assert any("parameters." in line for line in lines)
     assert any(line.startswith("Memory at most") for line in lines)

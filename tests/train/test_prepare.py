@@ -92,7 +92,8 @@ def test_the_embedded_demonstrations_have_no_rejected_response_to_imitate():
 
 @pytest.mark.parametrize("load", [load_demonstrations, load_preferences])
 def test_who_forgets_the_data_is_told_what_is_trained_on(load, caplog):
-    load(data(synthetic={"num_rows": 20}))
+    with caplog.at_level("INFO", "dpo"):
+        load(data(synthetic={"num_rows": 20}))
     assert "Data synthetic: 20 embedded rows; data=FILE takes yours." in caplog.text
 
 

@@ -10,6 +10,7 @@ from dpo.cli.common import TRAIN, TrustRemoteCode, app, read
 from dpo.cli.completion import complete_setting
 from dpo.cli.output import quiet_transformers
 from dpo.cli.teaching import CONFIGURATION, teach
+from dpo.errors import InputError
 
 
 @app.command(
@@ -39,9 +40,12 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     from dpo.plan_config import PreferencePlanConfig, SFTPlanConfig
+    from dpo.schemas import SCHEMAS
 
     schemas = {"sft": SFTPlanConfig, "train": PreferencePlanConfig}
     command, *words = settings or ["train"]
+    if command in SCHEMAS and command not in schemas:
+        raise InputError(f"dpo plan: it estimates dpo sft and dpo train, not dpo {command}.")
     if command not in schemas:
         command, words = "train", [command, *words]
     config = read(schemas[command], words)

@@ -59,8 +59,8 @@ def diagnose_run(folder: Path) -> Diagnosis:
     """
     measured = [row for row in read_metrics(folder) if "eval/loss" in row]
     pairs = HeldOut.of_run(folder)
-    compared = any("eval/kl" in row or "eval/reward" in row for row in measured)
-    if not compared and not pairs.num:
+    own_samples = read_own_samples(measured[0], measured[-1]) if measured else ({}, [])
+    if not own_samples[0] and not pairs.num:
         raise InputError(
             f"{folder}: there is nothing to diagnose; expected the folder of a run of dpo train, "
             "dpo online or dpo ppo, or of dpo evaluate (with scored.jsonl)."
@@ -73,7 +73,7 @@ def diagnose_run(folder: Path) -> Diagnosis:
         found["subsets"] = read_subsets(pairs)
         found["calibration"] = read_calibration(pairs)
     if measured:
-        found["on_policy"] = read_own_samples(measured[0], measured[-1])
+        found["on_policy"] = own_samples
         found["samples"] = health_of(read_json_lines(folder / "samples" / "final.jsonl")), []
     numbers = {topic: numbers for topic, (numbers, _) in found.items() if numbers}
     return Diagnosis("run", numbers, [r for _, readings in found.values() for r in readings])

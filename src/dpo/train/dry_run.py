@@ -21,11 +21,18 @@ from dpo.data.tokenize import EncodedRow, Encoder, TokenSequence
 from dpo.models.reward import with_end
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.train.encoded import KINDS
+from dpo.train.estimate import MOST_ROWS, RunData, as_run_data
 from dpo.train.jobs import load_rows_for
-from dpo.train.loop import total_steps
+from dpo.train.loop import total_steps, warn_of_warmup
 from dpo.train.objective import check_scores, make_objective
 from dpo.train.online import rows_per_round
-from dpo.train.prepare import SplitData, encode_prompts, load_demonstrations, load_prompts
+from dpo.train.prepare import (
+    SplitData,
+    encode_prompts,
+    load_demonstrations,
+    load_prompts,
+    seeded_choice,
+)
 from dpo.train.reward import KIND_OF, check_margins, texts_of
 from dpo.train.run import foreign_files, read_manifest
 from dpo.train.session import (
@@ -90,6 +97,8 @@ class DryRun:
     """Responses that are drawn of the policy for training."""
     reference_tokens: int = 0
     """What goes through the reference once, before training, where it stays as it is."""
+    data: RunData | None = None
+    """Of dpo sft and dpo train, for an estimate of memory and time."""
 
 
 def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> DryRun:
@@ -98,7 +107,7 @@ def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> DryRun:
     Raises:
         InputError: as training would, for data, tokenizer and template.
     """
-    config = in_memory(config)
+    config = _in_memory(config)
     if isinstance(config, SFTConfig):
         return _sft(config, trust_remote_code)
     if isinstance(config, PreferenceConfig):
@@ -109,7 +118,7 @@ def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> DryRun:
     return _on_samples(config, trust_remote_code)
 
 
-def in_memory(config: Config) -> Config:
+def _in_memory(config: Config) -> Config:
     """The same run without a store of rows, which would be written."""
     data = config.data.model_copy(update={"store": "memory", "cache": None})
     return config.model_copy(update={"data": data})
@@ -129,9 +138,10 @@ def _sft(config: SFTConfig, trust_remote_code: bool) -> DryRun:
         )
         return [[sequence] for sequence in encoded]
 
-    train, costs = _side(encoder, data.train, encode, "training rows")
+    train, rows = _side(encoder, data.train, encode, "training rows")
     held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
-    return _trained("sft", config, encoder, train, held_out, _steps(config, costs))
+    found = _trained("sft", config, encoder, train, held_out, _steps(config, rows))
+    return replace(found, data=_looked_at(config, rows, len(data.train), encoder))
 
 
 def _preference(config: PreferenceConfig, trust_remote_code: bool) -> DryRun:
@@ -140,18 +150,19 @@ def _preference(config: PreferenceConfig, trust_remote_code: bool) -> DryRun:
     check_scores(objective, [*data.train, *data.test])
     encoder, _ = _open_encoder(config, data, [], trust_remote_code)
     encode = _encode_rows(objective.kind, encoder, config)
-    train, costs = _side(encoder, data.train, encode, "training rows")
+    train, rows = _side(encoder, data.train, encode, "training rows")
     held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
     stays = objective.needs_reference and config.moving_reference is None
-    return _trained(
+    found = _trained(
         "train",
         config,
         encoder,
         train,
         held_out,
-        _steps(config, costs, whole_batch=objective.whole_batch),
+        _steps(config, rows, whole_batch=objective.whole_batch),
         reference_tokens=train.tokens + held_out.tokens if stays else 0,
     )
+    return replace(found, data=_looked_at(config, rows, len(data.train), encoder))
 
 
 def _reward(config: RewardConfig, trust_remote_code: bool) -> DryRun:
@@ -166,10 +177,10 @@ def _reward(config: RewardConfig, trust_remote_code: bool) -> DryRun:
     def encode(rows: Sequence[Any], what: str) -> list[list[TokenSequence]]:
         return [with_end(sequences) for sequences in in_tokens(rows, what)]
 
-    train, costs = _side(encoder, data.train, encode, "training rows")
+    train, rows = _side(encoder, data.train, encode, "training rows")
     held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
     train, held_out = (replace(side, scored_tokens=0) for side in (train, held_out))
-    return _trained("reward", config, encoder, train, held_out, _steps(config, costs))
+    return _trained("reward", config, encoder, train, held_out, _steps(config, rows))
 
 
 def _on_samples(config: OnlineConfig | PPOConfig, trust_remote_code: bool) -> DryRun:
@@ -238,30 +249,43 @@ def _encode_rows(kind: str, encoder: Encoder, config: RunConfig) -> Encode:
 
 def _side(
     encoder: _Watched, rows: Sequence[Any], encode: Encode, what: str
-) -> tuple[Side, list[int]]:
-    """The counts of some rows, and the tokens of each that is kept."""
+) -> tuple[Side, list[list[TokenSequence]]]:
+    """The counts of some rows, and the sequences of each that is kept."""
     encoder.given.clear()
     kept = encode(rows, what)
-    costs = [packed_tokens(sequences) for sequences in kept]
     side = Side(
         rows=len(rows),
         dropped=len(rows) - len(kept),
         prompts_cut=sum(row.prompt_truncated for row in encoder.given),
         responses_cut=sum(row.responses_truncated for row in encoder.given),
-        tokens=sum(costs),
+        tokens=sum(map(packed_tokens, kept)),
         scored_tokens=sum(s.num_scored for sequences in kept for s in sequences),
     )
-    return side, costs
+    return side, kept
 
 
-def _steps(config: TrainingConfig, costs: Sequence[int], *, whole_batch: bool = False) -> Steps:
-    """The steps over rows of these costs; tokens are those of the first pass."""
+def _looked_at(
+    config: SFTConfig | PreferenceConfig,
+    rows: Sequence[list[TokenSequence]],
+    num_rows: int,
+    encoder: Encoder,
+) -> RunData:
+    """As many of the rows as an estimate looks at."""
+    chosen = seeded_choice(len(rows), MOST_ROWS, seed=config.seed)
+    return as_run_data(config, [tuple(rows[i]) for i in chosen], num_rows, encoder.tokenizer)
+
+
+def _steps(
+    config: TrainingConfig, rows: Sequence[list[TokenSequence]], *, whole_batch: bool = False
+) -> Steps:
+    """The steps over these rows; tokens are those of the first pass."""
+    costs = list(map(packed_tokens, rows))
     total = total_steps(config, len(costs))
     size, most = config.batch.size, config.batch.max_tokens
     each = steps_per_epoch(len(costs), size)
     batches = [
-        [costs[row] for row in rows]
-        for rows in (
+        [costs[row] for row in batch]
+        for batch in (
             batch_rows(step, num_rows=len(costs), batch_size=size, seed=config.seed)
             for step in range(min(total, each))
         )
@@ -284,8 +308,11 @@ def _trained(
     train: Side,
     held_out: Side,
     steps: Steps,
-    **more: int,
+    *,
+    samples: int = 0,
+    reference_tokens: int = 0,
 ) -> DryRun:
+    warn_of_warmup(config, steps.total)
     return DryRun(
         command=command,
         folder=config.out,
@@ -295,7 +322,8 @@ def _trained(
         train=train,
         held_out=held_out,
         steps=steps,
-        **more,
+        samples=samples,
+        reference_tokens=reference_tokens,
     )
 
 

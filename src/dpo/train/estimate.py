@@ -101,22 +101,31 @@ def read_data(config: Trained, *, trust_remote_code: bool = False) -> RunData:
     if isinstance(config, SFTConfig):
         data: SplitData[Any] = load_demonstrations(config.data, response=config.response)
     else:
-        objective = make_objective(config.loss)
-        data = load_rows_for(objective.kind, config.data)
+        data = load_rows_for(make_objective(config.loss).kind, config.data)
     fresh = config.model.fresh is not None  # then of demonstrations: a policy is not fresh
     texts = [f"{as_text(row.prompt)}\n{row.response}" for row in data.train] if fresh else []
     encoder, _ = encoder_without_model(config, data, texts, trust_remote_code=trust_remote_code)
-    tokenizer = encoder.tokenizer
     few = [data.train[i] for i in seeded_choice(len(data.train), MOST_ROWS, seed=config.seed)]
+    what = "training rows"
     if isinstance(config, SFTConfig):
         encoded = encode_demonstrations(
-            encoder, few, train_on_prompt=config.train_on_prompt, what="training rows"
+            encoder, few, train_on_prompt=config.train_on_prompt, what=what
         )
-        return RunData([(s,) for s in encoded], len(data.train), tokenizer, False, ())
-    members = KINDS[objective.kind].encode(
-        encoder, few, max_dropped=config.data.max_dropped, what="training rows"
+        return as_run_data(config, [(s,) for s in encoded], len(data.train), encoder.tokenizer)
+    members = KINDS[make_objective(config.loss).kind].encode(
+        encoder, few, max_dropped=config.data.max_dropped, what=what
     )
-    remarks = []
+    rows = [tuple(row.sequences) for row in members]
+    return as_run_data(config, rows, len(data.train), encoder.tokenizer)
+
+
+def as_run_data(
+    config: Trained, rows: list[tuple[TokenSequence, ...]], num_rows: int, tokenizer: Any
+) -> RunData:
+    """The same of rows that are tokens already; of `num_rows` in all."""
+    if isinstance(config, SFTConfig):
+        return RunData(rows, num_rows, tokenizer, False, ())
+    objective, remarks = make_objective(config.loss), []
     if {without_side(name) for name in objective.wants} & ALONG:
         remarks.append(
             f"The loss {config.loss.name} reads more of the model than log-probabilities of "
@@ -124,8 +133,7 @@ def read_data(config: Trained, *, trust_remote_code: bool = False) -> RunData:
         )
     if config.moving_reference is not None:
         remarks.append("The moving reference runs at every step; its time is not in the estimate.")
-    rows = [tuple(row.sequences) for row in members]
-    return RunData(rows, len(data.train), tokenizer, objective.whole_batch, tuple(remarks))
+    return RunData(rows, num_rows, tokenizer, objective.whole_batch, tuple(remarks))
 
 
 def _source(model: ModelConfig, trust_remote_code: bool, *, key: str = "model") -> Any:
@@ -309,14 +317,13 @@ def _fastest(work: Any, device: torch.device, *, at_least: float = 0.25) -> floa
 # -- in words ------------------------------------------------------------------------------------
 
 
-def describe_run(config: Trained, *, trust_remote_code: bool = False) -> list[str]:
+def describe_run(config: Trained, data: RunData, *, trust_remote_code: bool = False) -> list[str]:
     """What a run of this configuration would be on this machine: data, model, steps, memory and
     time, a sentence each.
 
     Raises:
         InputError: as training would.
     """
-    data = read_data(config, trust_remote_code=trust_remote_code)
     found = estimate(config, data, this_machine(), trust_remote_code=trust_remote_code)
     return describe(config, data, found)
 
@@ -345,10 +352,21 @@ def describe(config: Trained, data: RunData, found: Estimate) -> list[str]:
         f"{work.mean.tokens:,.0f} tokens a step, {layout}, in {passes}.",
         f"{model.parameters:,} parameters{trained}.",
         f"Memory at most {in_words(found.device_bytes)} ({parts}); fullest: {found.peak.moment}.",
-        f"About {found.seconds:.3g} seconds a step, {found.seconds * steps / 3600:.3g} hours of "
-        "steps.",
+        f"About {found.seconds:.3g} seconds a step, {time_in_words(found.seconds * steps)} in all.",
         *data.remarks,
     ]
+
+
+def time_in_words(seconds: float) -> str:
+    """Seconds in a unit of which there are few.
+
+    >>> time_in_words(0.012), time_in_words(150), time_in_words(1e5)
+    ('0.012 seconds', '2.5 minutes', '28 hours')
+    """
+    for unit, size in (("seconds", 1), ("minutes", 60), ("hours", 3600), ("days", 86400)):
+        if seconds < 60 * size or unit == "days":
+            break
+    return f"{seconds / size:.2g} {unit}"
 
 
 def in_words(size: float) -> str:
