@@ -351,6 +351,9 @@ FILES = [
     Mistake(
         "--template alone", check("--template", "hh"), ("has no effect without a --tokenizer",)
     ),
+    Mistake(
+        "--max-length alone", check("--max-length", "9"), ("--max-length: has no effect without",)
+    ),
     Mistake("--tokenizer", check("--tokenizer", "./no"), ("tokenizer: there is no folder ./no",)),
     Mistake("--test", check("--test", "./no.csv"), ("./no.csv: there is no such file",)),
     Mistake("--rows", check("--rows", "-1"), ("'--rows'", "greater than or equal to 0")),

@@ -361,11 +361,26 @@ def test_columns_of_other_names_can_be_told(tmp_path):
     assert "expected ours=yours" in refused("data", "check", file, "--column", "prompt")
 
 
+def test_an_evaluation_never_takes_the_place_of_a_runs_page(tmp_path):
+    shutil.copytree(sft_run(), tmp_path / "run")
+    err = refused("evaluate", *words_of(evaluate_config(tmp_path / "run")))
+    assert err.endswith(
+        f"out: {tmp_path / 'run'} is a run, whose page would be lost; name another folder."
+    )
+
+
 def test_synthetic_data_is_a_function_of_the_seed(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         dpo("data", "synthetic", tmp_path / f"{name}.jsonl", "--rows", 20, "--seed", seed)
     texts = [(tmp_path / f"{name}.jsonl").read_text() for name in "abc"]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_synthetic_data_never_takes_the_place_of_a_file(tmp_path):
+    file = rows(tmp_path, GOOD)
+    err = refused("data", "synthetic", file, "--rows", 4)
+    assert err == f"{file} exists; name another file, or remove it first."
+    assert file.read_text() == GOOD + "\n"
 
 
 def test_synthetic_data_to_a_folder_that_is_not_there_is_one_sentence(tmp_path):

@@ -169,6 +169,11 @@ def test_a_loss_made_in_python_keeps_its_name_in_what_was_set() -> None:
     assert IPOLossConfig(beta=0.2).model_dump(exclude_unset=True) == {"name": "ipo", "beta": 0.2}
 
 
+def test_an_entry_of_a_mixture_may_be_a_name_alone() -> None:
+    named = read("loss.mix=[dpo, {name: nll, weight: 0.5}]").loss
+    assert named == read("loss.mix=[{name: dpo}, {name: nll, weight: 0.5}]").loss
+
+
 def test_a_mixture_is_read_from_one_setting_and_survives_its_own_json() -> None:
     config = read(MPO)
     assert isinstance(config.loss, MixLossConfig)
@@ -244,6 +249,10 @@ REFUSED: Mapping[str, Any] = {
     "a loss that is no section": (
         ["loss=3"],
         "loss: expected options of a loss, e.g. loss.name=ipo (got 3)",
+    ),
+    "capitals": (
+        ["loss=DPO"],
+        f"loss.name: there is no such loss (got 'DPO'); did you mean dpo or odpo or dpop? {LISTED}",
     ),
     "a text that is no loss": (
         ["loss=ippo"],

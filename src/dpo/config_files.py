@@ -204,7 +204,7 @@ def _describe(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
         known = all_keys(schema)
         own = key_of(key, known) or key_of(location[-1], known)
         near = did_you_mean(key, known) or did_you_mean(location[-1], known)
-        hint = f"; did you mean {own}?" if own else near
+        hint = f"; did you mean {own}?" if own else near or UNNEEDED.get(key, "")
         if key in known:
             nested = ": {".join(location[0].split(".")) + ": ..." + "}" * location[0].count(".")
             hint = f"; in a file, write {nested}"
@@ -220,8 +220,8 @@ def _describe(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
         hint = did_you_mean(str(problem["input"]), re.findall(r"'(.*?)'", reason))
     if problem["type"] in ("model_type", "dict_type"):
         inner = (name for name in known_keys(schema) if name.startswith(f"{key}."))
-        reason += f", e.g. {_example(next(inner, key))}"
-    if problem["type"] == "list_type":
+        reason += f", e.g. {_example(key if key in _EXAMPLES else next(inner, key))}"
+    if problem["type"] == "list_type" and isinstance(problem["input"], str | int | float):
         reason += f", e.g. {key}=[{problem['input']}]"
     return f"{key}: {reason} (got {problem['input']!r:.60}){hint}"
 
@@ -235,6 +235,7 @@ _EXAMPLES = {
     "model": "model=gpt2",
     "models": "models.dpo=runs/dpo",
     "data": "data=prefs.jsonl",
+    "data.columns": "data.columns.prompt=question",
     "out": "out=runs/one",
     "reward": "reward=runs/reward",
     "batch.size": "batch.size=16",
@@ -267,6 +268,11 @@ ELSEWHERE = {
     "warmup_steps": "optimizer.warmup",
 }
 """What TRL, transformers and peft call our keys, where the words are not alike."""
+
+UNNEEDED = dict.fromkeys(
+    ("resume", "resume_from_checkpoint"), "; the same command goes on where it was"
+)
+"""Keys of others that have no counterpart, and what there is instead."""
 
 _PLAIN_REASONS = {
     "string_type": "expected text, in quotes where it would be read as something else",

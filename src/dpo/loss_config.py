@@ -521,7 +521,8 @@ class WeightedLoss(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_one_mapping(cls, value: Any) -> Any:
-        """`{name: dpo, weight: 0.8, beta: 0.1}` as weight and loss."""
+        """`{name: dpo, weight: 0.8, beta: 0.1}` as weight and loss; a text is a name."""
+        value = shorthand_for("name")(value)
         if isinstance(value, Mapping) and "loss" not in value:
             if "name" not in value:
                 raise ValueError(f"expected the name of a loss, e.g. {MIX_EXAMPLE} (got {value})")
@@ -605,7 +606,7 @@ def describe_unknown_loss(name: Any) -> str:
     """Why a `loss.name` is not accepted, and which one may be meant."""
     if name in [*LOSS_CONFIGS, "mix"]:  # refused inside a mixture alone
         return f"a mixture takes losses of pairs, and no other mixture (got {name!r})"
-    close = difflib.get_close_matches(str(name), [*LOSS_CONFIGS, "mix"], n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name).lower(), [*LOSS_CONFIGS, "mix"], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f"there is no such loss (got {name!r:.60}); {hint}`dpo losses` lists them"
 

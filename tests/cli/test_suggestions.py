@@ -31,6 +31,8 @@ RUN = ("model=./x", "out=./y")
         (("sft", "num_train_epochs=3", *RUN), "did you mean epochs?"),
         (("train", "--beta", "0.3", *RUN), "--beta: a setting is key=value, without dashes: loss"),
         (("train", "--learning-rate=1", *RUN), "without dashes: optimizer.learning_rate=..."),
+        (("train", "resume=true", *RUN), "resume: unknown key; the same command goes on where it"),
+        (("train", "data.columns=q", *RUN), "e.g. data.columns.prompt=question (got 'q')"),
         (("theory", "V05-simpo-targt"), "; did you mean V"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

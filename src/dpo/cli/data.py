@@ -39,7 +39,9 @@ def data_check(
     template: Annotated[
         str | None, typer.Option(help="plain, alpaca, hh, question, chat, or a text with {prompt}.")
     ] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Longer sequences are cut.")] = 512,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Longer sequences are cut; none: 512.")
+    ] = None,
     test: Annotated[
         str | None, typer.Option(help="Held-out source to compare prompts with.")
     ] = None,
@@ -52,14 +54,15 @@ def data_check(
 ) -> None:
     from dpo.report.data_check import check_data, print_check
 
-    if template is not None and tokenizer is None:
-        raise InputError("--template: has no effect without a --tokenizer to count tokens with.")
+    for name, value in (("--template", template), ("--max-length", max_length)):
+        if value is not None and tokenizer is None:
+            raise InputError(f"{name}: has no effect without a --tokenizer to count tokens with.")
     quiet_transformers()
     check = check_data(
         files,
         tokenizer=tokenizer,
         template=template,
-        max_length=max_length,
+        max_length=max_length or 512,
         test=test,
         split=split,
         columns=dict(_pair(text) for text in column or []),
@@ -95,6 +98,8 @@ def data_synthetic(
     from dpo.data import synthetic
     from dpo.data.sources import write_jsonl
 
+    if out.exists():  # it may be the user's own data, which nothing brings back
+        raise InputError(f"{out} exists; name another file, or remove it first.")
     made = (
         synthetic.demonstrations(num_rows=rows, seed=seed)
         if demonstrations

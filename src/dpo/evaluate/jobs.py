@@ -40,7 +40,7 @@ from dpo.train.prepare import (
     make_encoder,
     seeded_choice,
 )
-from dpo.train.run import train_prompts
+from dpo.train.run import read_manifest, train_prompts
 from dpo.train.session import open_policy
 
 log = logging.getLogger("dpo")
@@ -109,7 +109,7 @@ def open_evaluation(config: EvaluateConfig, *, trust_remote_code: bool = False) 
 
     Raises:
         InputError: a model, a judge or the data cannot be had, a model was trained on a held-out
-            prompt, or another process is working in the folder.
+            prompt, or the folder is a run's or another process is working in it.
         StorageError: the folder cannot be written.
     """
     check_backend(config)
@@ -122,6 +122,8 @@ def open_evaluation(config: EvaluateConfig, *, trust_remote_code: bool = False) 
     for name, path in config.models.items():
         check_held_out(name, path, rows, allow=config.allow_overlap)
     folder = Path(config.out)
+    if read_manifest(folder):
+        raise InputError(f"out: {folder} is a run, whose page would be lost; name another folder.")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)

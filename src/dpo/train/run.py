@@ -261,7 +261,7 @@ def _note_changes(run: Run) -> None:
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: expected a JSON file written by dpo; it is damaged.") from error
