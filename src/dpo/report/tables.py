@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -46,11 +47,11 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def on_screen(title: str, table: Sequence[Sequence[str]]) -> Table:
-    """The same for a terminal."""
+    """The same for a terminal: where it is narrow, what does not fit goes to the next line."""
     head, *rows = table
-    shown = Table(title=title)
+    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, name in enumerate(head):
-        shown.add_column(name, justify="left" if number == 0 else "right")
+        shown.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         shown.add_row(*map(Text, row))
     return shown
