@@ -14,6 +14,7 @@ from rich.text import Text
 
 from dpo.atomic import write_json
 from dpo.core.stats import mean_interval
+from dpo.data.files import printable
 
 Cells = list[str]
 """A line of a table."""
@@ -46,14 +47,30 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def on_screen(title: str, table: Sequence[Sequence[str]]) -> Table:
-    """The same for a terminal: where it is narrow, what does not fit goes to the next line."""
+def columns(table: Sequence[Sequence[str]], names: Sequence[str]) -> list[Cells]:
+    """Some columns of a table, by the names in its head."""
+    places = [table[0].index(name) for name in names]
+    return [[line[place] for place in places] for line in table]
+
+
+def on_screen(
+    title: str, table: Sequence[Sequence[str]], *, num_names: int = 1, note: str = ""
+) -> Table:
+    """The same for a terminal: where it is narrow, what does not fit goes to the next line. The
+    first columns are names, and are text, never markup or control sequences.
+    """
     head, *rows = table
-    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = Table(
+        title=Text(title),
+        caption=Text(note),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for number, name in enumerate(head):
-        shown.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+        shown.add_column(name, justify="left" if number < num_names else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*map(Text, row))
+        shown.add_row(*(Text(printable(cell, limit=1000)) for cell in row))
     return shown
 
 
