@@ -23,7 +23,15 @@ from dpo.report.exact_tables import (
     rate_table,
     reward_model_table,
 )
-from dpo.report.tables import Cells, Tables, markdown, on_screen, save_tables, spread
+from dpo.report.tables import (
+    Cells,
+    Tables,
+    markdown,
+    on_screen,
+    save_tables,
+    seeds_in_words,
+    spread,
+)
 
 
 def write_exact_study(study: ExactStudy) -> None:
@@ -39,7 +47,7 @@ def write_exact_study(study: ExactStudy) -> None:
     save_tables(study.folder, found)
     write_text(study.folder / "README.md", page(study))
     console = Console()
-    console.print(on_screen(f"Frontiers, {len(study.seeds)} seeds", found["frontier"]))
+    console.print(on_screen(f"Frontiers, {seeds_in_words(study.seeds)}", found["frontier"]))
     console.print(Text(f"Page: {study.folder / 'README.md'}"))
 
 

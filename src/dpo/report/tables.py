@@ -5,7 +5,7 @@ The first line of a table is its head. Numbers are means over seeds with Student
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -38,6 +38,11 @@ def spread(values: Iterable[float | None], digits: int = 2, *, signed: bool = Fa
         return centre
     low, high = mean_interval(known)
     return f"{centre} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def seeds_in_words(seeds: Sized) -> str:
+    """How many there are."""
+    return "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
