@@ -253,12 +253,10 @@ def _run(
     if dry_run:
         _show(config, trust_remote_code=trust_remote_code, as_json=as_json)
         return
-    from dpo.config import DistributedConfig
     from dpo.report.results import run_result
     from dpo.train import ranks
 
-    distributed = getattr(config, "distributed", DistributedConfig())
-    with on_screen(as_json=as_json), ranks.joined(distributed):
+    with on_screen(as_json=as_json), ranks.joined(config.distributed):
         folder = job(config, trust_remote_code=trust_remote_code)
         first = ranks.is_first()
         if first:
