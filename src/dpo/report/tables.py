@@ -75,8 +75,12 @@ def on_screen(
     for number, name in enumerate(head):
         shown.add_column(name, justify="left" if number < num_names else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(printable(cell, limit=1000)) for cell in row))
+        shown.add_row(*(Text(_lines(cell)) for cell in row))
     return shown
+
+
+def _lines(cell: str) -> str:
+    return "\n".join(printable(line, limit=1000) for line in cell.split("\n"))
 
 
 def save_tables(folder: Path, tables: Mapping[str, Sequence[Sequence[str]]]) -> None:
