@@ -98,7 +98,7 @@ def _initial_gradient(preference: Tensor, beta: float) -> Tensor:
 
 @check(
     "C03-first-step",
-    "At π_θ = π_ref with on-policy pairs ∇L_DPO = −2β∇P(π_θ≻π_ref) = −2β Cov_ref(p(y≻π_ref), s).",
+    "At π_θ = π_ref with on-policy pairs ∇L_DPO = −2β∇p(π_θ≻π_ref) = −2β Cov_ref(p(y≻π_ref), s).",
     tolerance=1e-9,
 )
 def first_step(*, factor: float = 1.0) -> Measurement:
@@ -197,8 +197,20 @@ def regret_identity(*, factor: float = 1.0) -> Measurement:
 
 
 def _regret_example() -> dict[str, float]:
-    """Regret and both bounds for one reward error, pairs drawn from the reference."""
-    beta, delta = 2.0, toys.vector(0.0, 0.0, 0.0, 1.0)
+    """Regret and both bounds for one reward error, pairs drawn from the reference; the bounds at a
+    smaller beta as well.
+    """
+    found, small = _bounds(2.0), _bounds(0.5)
+    return found | {
+        "cover_small": small["cover"],
+        "oscillation_small": small["oscillation_bound"],
+        "coverage_small": small["coverage_bound"],
+    }
+
+
+def _bounds(beta: float) -> dict[str, float]:
+    """Regret and both bounds when the last response is overrated by 1."""
+    delta = toys.vector(0.0, 0.0, 0.0, 1.0)
     best = exact.optimal_log_policy(REWARD, LOG_REF, beta=beta)
     fitted = exact.optimal_log_policy(REWARD + delta, LOG_REF, beta=beta)
     grid = torch.linspace(0, 1, 101, dtype=torch.float64)
@@ -593,13 +605,13 @@ def intransitivity(*, factor: float = 1.0) -> Measurement:
     against_ref = cycle @ log_ref.exp()
     return Measurement(
         max(toys.deviation(torch.softmax(found, -1), claimed), abs(exploit)),
-        {"exploit_ref": float(against_ref.max())},
+        {"exploit_ref": float(against_ref.max()), "q": float(cycle[0, 1])},
     )
 
 
 @check(
     "C20-win-rate-objective",
-    "P(π≻π_ref) − β KL is maximised by the tilt with p(·≻π_ref), which beats the reward tilt at "
+    "p(π≻π_ref) − β KL is maximised by the tilt with p(·≻π_ref), which beats the reward tilt at "
     "equal KL.",
     tolerance=1e-8,
 )

@@ -450,4 +450,3 @@ def pl_gradient_sampling(*, factor: float = 1.0) -> Measurement:
         mean = (weight.unsqueeze(-1) * score[rest]).sum(dim=1)
         per_ranking -= factor * beta * (score[ordered[:, k]] - mean)
     return Measurement(toys.z_score(per_ranking, toys.gradient(loss, logits)))
-

@@ -533,7 +533,8 @@ def _sampled_slopes(value: Tensor, seed: int) -> float:
 
 @check(
     "V19-length-margin-sampling",
-    "At the tilt of r − α|y| the slopes of sp(−[βΔ+α(|w|−|l|)]) over sampled pairs average to zero.",
+    "At the tilt of r − α|y| the slopes of sp(−[βΔ+α(|w|−|l|)]) over sampled pairs average to "
+    "zero.",
 )
 def length_margin_sampling(*, factor: float = 1.0) -> Measurement:
     """Bradley-Terry labels of r; the margin of the claimed policy plus its length term."""
