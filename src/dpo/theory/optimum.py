@@ -450,3 +450,48 @@ def pl_gradient_sampling(*, factor: float = 1.0) -> Measurement:
         mean = (weight.unsqueeze(-1) * score[rest]).sum(dim=1)
         per_ranking -= factor * beta * (score[ordered[:, k]] - mean)
     return Measurement(toys.z_score(per_ranking, toys.gradient(loss, logits)))
+
+
+@check(
+    "O16-gibbs-inequality",
+    "KL(p‖q) = Σ_y q φ(p/q) with φ(t) = t log t − t + 1 ≥ 0, zeros of p included; so KL ≥ 0.",
+    tolerance=1e-12,
+)
+def gibbs_inequality(*, factor: float = 1.0) -> Measurement:
+    """The divergence of random distributions, some with zeros, against the sum of terms of one
+    sign.
+    """
+    error = 0.0
+    for seed in range(50):
+        p, q = toys.log_policy(300 + seed, 6), toys.log_policy(400 + seed, 6)
+        if seed % 2:
+            p = torch.log_softmax(p.index_fill(0, torch.tensor([1, 4]), -math.inf), dim=-1)
+        ratio = (p - q).exp()
+        terms = torch.special.xlogy(ratio, ratio) - ratio + 1
+        error = max(error, abs(float(exact.kl(p, q) - factor * (q.exp() * terms).sum())))
+        if float(terms.min()) < 0:
+            error = math.inf
+    return Measurement(error)
+
+
+@check(
+    "O17-beta-sampling",
+    "Sampled variances give −β² dE_{π_β}r/dβ and −β³ dKL/dβ, and under π_ref the limit of 2β² KL.",
+)
+def beta_sampling(*, factor: float = 1.0) -> Measurement:
+    """Squared deviations of rewards drawn from the optimum and from the reference against finite
+    differences of the exact reward and KL, and the exact KL at beta = 1000.
+    """
+    beta, step, num_samples = 0.7, 1e-4, 400_000
+    policy = exact.optimal_log_policy(REWARD, LOG_REF, beta=beta)
+    (up_r, up_k, _), (low_r, low_k, _) = _tilt(beta + step), _tilt(beta - step)
+    slopes = (beta**2 * (up_r - low_r), beta**3 * (up_k - low_k))
+    error = 0.0
+    for log_probs, seed, found in (
+        (policy, 64, [-slope / (2 * step) for slope in slopes]),
+        (LOG_REF, 65, [2 * 1000.0**2 * _tilt(1000.0)[1]]),
+    ):
+        drawn = REWARD[toys.draw(log_probs.exp(), num_samples, seed)]
+        squared = factor * (drawn - exact.expectation(REWARD, log_probs)) ** 2
+        error = max(error, *(toys.z_score(squared, value) for value in found))
+    return Measurement(error)

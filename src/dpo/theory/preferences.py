@@ -5,6 +5,7 @@ graphs).
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -274,3 +275,38 @@ def mm_algorithm(*, factor: float = 1.0) -> Measurement:
     error = toys.deviation(estimate - estimate.mean(), newton - newton.mean())
     centred = newton - newton.mean() + REWARD.mean()
     return Measurement(error, {f"r{i}": float(centred[i]) for i in range(4)})
+
+
+def _choice_odds(log_cdf: toys.Function, log_density: toys.Function) -> tuple[float, float]:
+    """Odds of the first two of REWARD to be chosen, alone and among all four, when utilities carry
+    independent noise of a distribution; by the trapezoidal rule.
+    """
+    grid = torch.linspace(-12.0, 60.0, 40_001, dtype=torch.float64)
+    centred = grid.unsqueeze(1) - REWARD
+    cdf, density = log_cdf(centred), log_density(centred)
+
+    def best(item: int, rivals: list[int]) -> float:
+        values = (density[:, item] + cdf[:, rivals].sum(dim=-1)).exp()
+        return float(torch.trapezoid(values, grid))
+
+    alone = best(0, [1]) / best(1, [0])
+    return alone, best(0, [1, 2, 3]) / best(1, [0, 2, 3])
+
+
+@check(
+    "P11-other-noise",
+    "With Gumbel noise the odds of two responses stay e^{r_i−r_j} when others are added; with "
+    "normal noise they change.",
+    tolerance=1e-9,
+)
+def other_noise(*, factor: float = 1.0) -> Measurement:
+    """Choice probabilities by quadrature for Gumbel and for standard normal noise."""
+    gumbel = _choice_odds(lambda x: -torch.exp(-x), lambda x: -x - torch.exp(-x))
+    normal = _choice_odds(
+        lambda x: torch.special.log_ndtr(x),
+        lambda x: -0.5 * x**2 - 0.5 * math.log(2 * math.pi),
+    )
+    claimed = math.exp(factor * float(REWARD[0] - REWARD[1]))
+    error = max(abs(odds - claimed) for odds in gumbel)
+    values = {"normal_alone": normal[0], "normal_among": normal[1]}
+    return Measurement(error if abs(normal[1] - normal[0]) > 0.1 else math.inf, values)

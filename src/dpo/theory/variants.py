@@ -519,6 +519,26 @@ def nca_sampling(*, factor: float = 1.0) -> Measurement:
     return Measurement(toys.z_score(slopes, 0.0))
 
 
+@check(
+    "V19-convex-losses-sampling",
+    "At u*(p) the slopes of the logistic, square and exponential losses over sampled labels "
+    "average to zero.",
+)
+def convex_losses_sampling(*, factor: float = 1.0) -> Measurement:
+    """Labels of a pair won with probability 0.8; slopes s l'(s u), s = 1 if won and -1 if lost."""
+    p, error = 0.8, 0.0
+    logit = math.log(p / (1 - p))
+    sign = 2 * toys.coin(torch.full((400_000,), p, dtype=torch.float64), 230) - 1
+    slopes: list[tuple[toys.Function, float]] = [
+        (lambda u: -torch.sigmoid(-u), logit),
+        (lambda u: -2 * (1 - u), 2 * p - 1),
+        (lambda u: -torch.exp(-u), 0.5 * logit),
+    ]
+    for slope, claimed in slopes:
+        error = max(error, toys.z_score(sign * slope(sign * factor * claimed), 0.0))
+    return Measurement(error)
+
+
 def _sampled_slopes(value: Tensor, seed: int) -> float:
     """z-score of the mean slope of `sp(-(value_w - value_l))` over pairs drawn uniformly and
     labelled by Bradley-Terry with REWARD: zero where differences of value are those of the reward.
@@ -532,7 +552,7 @@ def _sampled_slopes(value: Tensor, seed: int) -> float:
 
 
 @check(
-    "V19-length-margin-sampling",
+    "V20-length-margin-sampling",
     "At the tilt of r − α|y| the slopes of sp(−[βΔ+α(|w|−|l|)]) over sampled pairs average to "
     "zero.",
 )
@@ -544,7 +564,7 @@ def length_margin_sampling(*, factor: float = 1.0) -> Measurement:
 
 
 @check(
-    "V20-simpo-sampling",
+    "V21-simpo-sampling",
     "At π(y) = exp(|y|(r(y)/β − c)) the slopes of SimPO's loss over sampled pairs average to zero.",
 )
 def simpo_sampling(*, factor: float = 1.0) -> Measurement:
@@ -559,7 +579,7 @@ def simpo_sampling(*, factor: float = 1.0) -> Measurement:
 
 
 @check(
-    "V21-f-dpo-sampling",
+    "V22-f-dpo-sampling",
     "At the maximiser of E_π r − βD_f the slopes of f-DPO's loss over sampled pairs average to "
     "zero.",
 )
