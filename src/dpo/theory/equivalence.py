@@ -280,5 +280,6 @@ def tempering(*, factor: float = 1.0) -> Measurement:
     ]
     token_mixed = sequence_log_probs(by_token).flatten()
     distance = float(exact.total_variation(token_mixed, claimed))
-    error = toys.deviation(mixed, claimed)
+    gained = float((token_mixed.exp() - claimed.exp()).clamp_min(0).sum())
+    error = max(toys.deviation(mixed, claimed), abs(distance - gained))
     return Measurement(error if distance > 1e-3 else math.inf, {"token_tv": distance})
