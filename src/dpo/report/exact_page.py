@@ -180,8 +180,8 @@ WHAT_IT_DOES_NOT_SHOW = """\
   the KL of the greedy policy (about 5 nats) efficiency is high by itself.
 - Steps, learning rates and the size of online DPO's rounds were chosen by hand, in a few trials
   with seed 0; the effect of the rate is in a table above. Strengths, online DPO's rounds and the
-  way in which strengths are joined to a frontier were changed after a first run on seeds 1 to 5,
-  which the recorded run has used again: fresh seeds would be a better test.
+  way in which strengths are joined to a frontier were changed after a first run on seeds 1 to 5;
+  later seeds are fresh.
 - Responses have four words, models 0.1 million parameters. Sampling is cheap here and generation is
   most of PPO's cost in large models; capacity is ample, so that approximation errors of small
   policies are not in these numbers.
