@@ -322,7 +322,13 @@ FILES = [
     file("no gzip", "a.jsonl.gz", GOOD_LINE, "not a whole gzip file", "download it again"),
     file("half of gzip", "a.jsonl.gz", gzip.compress(GOOD_LINE * 9)[:-9], "ended before the end"),
     file("Parquet", "a.parquet", b"PAR1" + b"x" * 50 + b"PAR1", "not a readable Parquet file"),
-    file("semicolons", "a.csv", b"prompt;chosen;rejected\na;b;c\n", "no row has a shape"),
+    file(
+        "semicolons",
+        "a.csv",
+        b"prompt;chosen;rejected\na;b;c\n",
+        "no row has a shape",
+        "A CSV file has commas between its columns",
+    ),
     file(
         "a cell too few", "a.csv", b"prompt,chosen,rejected\na,b\n", "expected 3 cells", "found 2"
     ),
@@ -352,6 +358,8 @@ FILES = [
 
 SETTINGS = [
     command("no file", "There is no configuration file no.yaml", words=["train", "no.yaml"]),
+    command("a model for a file", "settings are key=value, e.g. model=gpt2", words=["sft", "gpt2"]),
+    command("a pair for a file", "e.g. data=prefs.jsonl", words=["train", "prefs.jsonl"]),
     yaml("a list", b"- a\n", "expected keys and values (`model: gpt2`), got ['a']"),
     yaml("no YAML", b"a: [1\n", "not valid YAML: line 2, column 1: expected ',' or ']'"),
     yaml("a tab", b"loss:\n\tbeta: 1\n", "line 2, column 1", "cannot start any token"),
@@ -366,7 +374,7 @@ SETTINGS = [
     yaml(
         "dots in a file", b"model: x\nout: y\nloss.beta: 1\n", "in a file, write loss: {beta: ...}"
     ),
-    command("nothing asked for", "model: is required, e.g. model=...", words=["train", "out=x"]),
+    command("nothing asked for", "model: is required, e.g. model=gpt2", words=["train", "out=x"]),
     command(
         "four at once",
         "4 problems in the configuration:",
@@ -386,8 +394,8 @@ SETTINGS = [
     setting("infinity", "optimizer.max_grad_norm=.inf", "should be a finite number (got inf)"),
     setting("text for a number", "batch.size=many", "batch.size: input should be a valid integer"),
     setting("a number for text", "data.template=5", "expected text, in quotes where it would"),
-    setting("a value for a section", "batch=3", "batch: expected keys and values (got 3)"),
-    setting("a text for a list", "loss.mix=dpo", "loss.mix: expected a list (got 'dpo')"),
+    setting("a value for a section", "batch=3", "expected keys and values, e.g. batch.size="),
+    setting("a text for a list", "loss.mix=dpo", "expected a list, e.g. loss.mix=[dpo]"),
     setting("a mixture of one", "loss.mix=[{name: dpo}]", "loss.mix: list should have at least 2"),
     setting("another loss's option", "loss.gamma=1", "has no effect with loss dpo", "take it"),
     setting("no such loss", "loss.name=ippo", "there is no such loss (got 'ippo')", "ipo"),
@@ -544,7 +552,7 @@ EVALUATIONS = [
     command("no models", "models: is required", words=["evaluate", "out=out"]),
     command(
         "models of no name",
-        "models: expected keys and values (got 'x')",
+        "models: expected keys and values, e.g. models.dpo=runs/dpo (got 'x')",
         words=["evaluate", "out=out", "models=x"],
     ),
     evaluation("no such run", "models.a: there is no folder ./no", models={"a": "./no"}),
@@ -555,7 +563,7 @@ EVALUATIONS = [
     evaluation("few prompts", "expected at least 2, since the null", data__synthetic__num_rows=2),
     study("a grid's key", "grid.loss.betta=[1]", "dpo, betta 1: loss.betta: unknown key"),
     study("a grid's value", "grid.loss.beta=[0.1, -1]", "dpo, beta -1: loss.beta: input should be"),
-    study("a grid's list", "grid.loss.beta=1", "grid.loss.beta: expected a list (got 1)"),
+    study("a grid's list", "grid.loss.beta=1", "expected a list, e.g. grid.loss.beta=[1]"),
     study(
         "nothing to try", "grid.loss.beta=[]", "grid.loss.beta: list should have at least 1 item"
     ),
@@ -563,7 +571,7 @@ EVALUATIONS = [
     study("what a study sets", "sft.model=x", "sft.model: the study sets this itself"),
     study("a step of a study", "sft.epoch=3", "sft: epoch: unknown key; did you mean epochs?"),
     study("a study's room", "evaluation.max_new_tokens=256", "model.fresh.positions is 256"),
-    command("a reward", "reward: is required, e.g. reward=...", words=["online", *HERE]),
+    command("a reward", "reward: is required, e.g. reward=runs/reward", words=["online", *HERE]),
     Mistake("a function's file", online_with("def f(:"), ("r.py cannot be run: SyntaxError",)),
     Mistake(
         "no function", online_with("def g(p, r): ..."), ("r.py has no function f (it has: g)",)
@@ -618,7 +626,7 @@ def test_the_mended_command_takes_the_folder_that_the_mistake_had(tmp_path):
 def test_what_a_file_holds_cannot_drive_the_terminal_through_a_message(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text('"ev\\e[31mil\\u202e": 1\n')
-    Path("rows.jsonl").write_text('{"prompt": "a", "ev\\u001b[31mil": 1}\n')
+    Path("rows.jsonl").write_text('{"q": "a", "ev\\u001b[31mil": 1}\n')
     for words in (["train", "c.yaml"], ["data", "check", "rows.jsonl"], ["losses", "a\x1b[2J"]):
         said = dpo(*words)
         assert said.code == 2

@@ -319,6 +319,16 @@ def test_few_identical_pairs_are_dropped_counted_and_said(tmp_path):
     assert re.search(r"\d+ of \d+ rows are dropped: training rows", said.err)
 
 
+def test_responses_that_begin_with_their_prompt_are_said(tmp_path):
+    made = [
+        {"prompt": f"Is it {i}?", "chosen": f"Is it {i}? Yes.", "rejected": f"Is it {i}? No."}
+        for i in range(20)
+    ]
+    said = dpo(*training_on(rows(tmp_path, *map(json.dumps, made)), tmp_path))
+    assert said.code == 0, said.err
+    assert re.search(r"(\d+) of \1 responses begin with their prompt, so the model reads", said.err)
+
+
 def test_truncation_is_counted_and_said(tmp_path):
     quick = {"max_steps": 1, "data.max_length": 16, "evaluation.num_samples": 0}
     said = dpo("sft", *words_of(sft_config(tmp_path / "out", quick)))

@@ -69,7 +69,7 @@ WRONG = {
     "loss.label_smoothing": ["0.5", "-0.1", ".nan", "nan"],
     "loss.name": ["ippo", "5", "null", "[dpo]"],
     "optimizer.learning_rate": ["0", "-1e-6", ".nan", ".inf"],
-    "optimizer.warmup": ["1", "-0.1", ".nan"],
+    "optimizer.warmup": ["1.5", "-0.1", ".nan", ".inf"],
     "optimizer.weight_decay": ["-1", ".nan"],
     "optimizer.schedule": ["stairs"],
     "optimizer.max_grad_norm": ["0", ".inf"],
@@ -181,10 +181,10 @@ def test_sft_takes_no_options_of_dpo():
     assert problem("loss.beta=0.1", schema=SFTConfig).startswith("loss: unknown key")
 
 
-@pytest.mark.parametrize("missing", ["model", "out"])
-def test_what_is_required_is_asked_for(missing):
+@pytest.mark.parametrize(("missing", "example"), [("model", "model=gpt2"), ("out", "out=runs/one")])
+def test_what_is_required_is_asked_for(missing, example):
     words = [word for word in SFT if not word.startswith(missing)]
-    assert problem(start=words) == f"{missing}: is required, e.g. {missing}=..."
+    assert problem(start=words) == f"{missing}: is required, e.g. {example}"
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_broken_file_is_named_with_the_reason(tmp_path, content, says):
 
 
 def test_a_folder_is_no_configuration_file(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a folder, expected a YAML file; settings are key=val"):
         train(file=tmp_path)
 
 

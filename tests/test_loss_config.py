@@ -242,8 +242,18 @@ REFUSED: Mapping[str, Any] = {
         f"loss.name: there is no such loss (got [1]); {LISTED}",
     ),
     "a loss that is no section": (
-        ["loss=ipo"],
-        "loss: expected options of a loss, e.g. loss.name=ipo (got 'ipo')",
+        ["loss=3"],
+        "loss: expected options of a loss, e.g. loss.name=ipo (got 3)",
+    ),
+    "a text that is no loss": (
+        ["loss=ippo"],
+        "loss.name: there is no such loss (got 'ippo'); did you mean ipo or sppo or simpo? "
+        f"{LISTED}",
+    ),
+    "an option beside the short name": (
+        ["loss=ipo", "loss.label_smoothing=0.1"],
+        "loss.label_smoothing: has no effect with loss ipo, which takes beta; dpo, robust and exo "
+        "take it",
     ),
     "alpha without its divergence": (
         ["loss.name=f_dpo", "loss.divergence=forward_kl", "loss.alpha=0.3"],

@@ -145,7 +145,9 @@ class OptimizerConfig(Section):
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="How the rate falls to 0 after the warm-up; constant: it does not."
     )
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
+    warmup: NonNegative = Field(
+        0.1, description="Share of the steps spent warming up; from 1 on, their number."
+    )
     weight_decay: NonNegative = Field(0.0, description="Decoupled; matrices only.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Of the mean gradient (AdamW).")
     beta2: float = Field(0.95, ge=0, lt=1, description="Of the mean square of the gradient.")
@@ -158,6 +160,13 @@ class OptimizerConfig(Section):
         description="Update each weight as soon as its gradient is known: less memory, the same "
         "result; needs max_grad_norm=null and batches that go through the model in one pass.",
     )
+
+    @field_validator("warmup")
+    @classmethod
+    def _share_or_steps(cls, warmup: float) -> float:
+        if warmup >= 1 and not warmup.is_integer():
+            raise ValueError(f"expected a share below 1 or a whole number of steps (got {warmup})")
+        return warmup
 
     @model_validator(mode="after")
     def _exact_in_backward(self) -> OptimizerConfig:

@@ -34,7 +34,7 @@ def read_config(
         InputError: everything that is wrong with it, at once.
     """
     if file is not None and str(file) in known_keys(schema) and not file.exists():
-        raise InputError(f"{file}: expected key=value, e.g. {file}=...")
+        raise InputError(f"{file}: expected key=value, e.g. {_example(str(file))}")
     values = read_yaml(file) if file is not None else {}
     for override in overrides:
         _apply(values, override)
@@ -101,17 +101,28 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = _parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        hint = did_you_mean_path(str(file)) or "."
+        hint = did_you_mean_path(str(file)) or _as_setting(file) or "."
         raise InputError(f"There is no configuration file {file}{hint}") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{file}: is a folder, expected a YAML file{_as_setting(file)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as a UTF-8 text file ({error}).") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{file}: not valid YAML: {_reason(error)}.") from error
+        hint = _as_setting(file) or "."
+        raise InputError(f"{file}: not valid YAML: {_reason(error)}{hint}") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(f"{file}: expected keys and values (`model: gpt2`), got {values!r:.80}.")
     return values
+
+
+def _as_setting(file: Path) -> str:
+    """The end of a sentence about a first word that was meant as a setting, by its looks."""
+    if file.suffix in (".yaml", ".yml", ".json"):
+        return ""
+    key = "data" if file.suffix in (".jsonl", ".csv", ".parquet", ".gz") else "model"
+    return f"; settings are key=value, e.g. {key}={file}"
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -190,14 +201,16 @@ def _describe(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
         effectless = describe_effectless(problem["loc"])
         if effectless is not None:
             return f"{key}: {effectless}"
-        known = known_keys(schema) + (OPTION_KEYS if "loss" in schema.model_fields else [])
-        hint = did_you_mean(key, known) or did_you_mean(location[-1], known)
+        known = all_keys(schema)
+        own = key_of(key, known) or key_of(location[-1], known)
+        near = did_you_mean(key, known) or did_you_mean(location[-1], known)
+        hint = f"; did you mean {own}?" if own else near
         if key in known:
             nested = ": {".join(location[0].split(".")) + ": ..." + "}" * location[0].count(".")
             hint = f"; in a file, write {nested}"
         return f"{key}: unknown key{hint}"
     if problem["type"] == "missing":
-        return f"{key}: is required, e.g. {key}=..."
+        return f"{key}: is required, e.g. {_example(key)}"
     reason = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {reason}" if key else reason
@@ -205,8 +218,55 @@ def _describe(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
     hint = ""
     if problem["type"] == "literal_error":
         hint = did_you_mean(str(problem["input"]), re.findall(r"'(.*?)'", reason))
+    if problem["type"] in ("model_type", "dict_type"):
+        inner = (name for name in known_keys(schema) if name.startswith(f"{key}."))
+        reason += f", e.g. {_example(next(inner, key))}"
+    if problem["type"] == "list_type":
+        reason += f", e.g. {key}=[{problem['input']}]"
     return f"{key}: {reason} (got {problem['input']!r:.60}){hint}"
 
+
+def _example(key: str) -> str:
+    """A setting of that key."""
+    return _EXAMPLES.get(key, f"{key}=...")
+
+
+_EXAMPLES = {
+    "model": "model=gpt2",
+    "models": "models.dpo=runs/dpo",
+    "data": "data=prefs.jsonl",
+    "out": "out=runs/one",
+    "reward": "reward=runs/reward",
+    "batch.size": "batch.size=16",
+}
+
+ELSEWHERE = {
+    "bf16": "precision",
+    "eval_dataset": "data.test",
+    "eval_steps": "evaluation.every",
+    "fsdp": "distributed.kind",
+    "gradient_accumulation_steps": "batch.max_tokens",
+    "loss_type": "loss.name",
+    "lora_alpha": "adapter.alpha",
+    "lora_r": "adapter.rank",
+    "lr": "optimizer.learning_rate",
+    "lr_scheduler_type": "optimizer.schedule",
+    "model_name_or_path": "model.path",
+    "num_train_epochs": "epochs",
+    "optim": "optimizer.name",
+    "output_dir": "out",
+    "peft_config": "adapter.kind",
+    "per_device_train_batch_size": "batch.size",
+    "ref_model": "reference.path",
+    "ref_model_mixup_alpha": "moving_reference.mix",
+    "ref_model_sync_steps": "moving_reference.every",
+    "save_steps": "save_every",
+    "sync_ref_model": "moving_reference.mix",
+    "train_dataset": "data.path",
+    "warmup_ratio": "optimizer.warmup",
+    "warmup_steps": "optimizer.warmup",
+}
+"""What TRL, transformers and peft call our keys, where the words are not alike."""
 
 _PLAIN_REASONS = {
     "string_type": "expected text, in quotes where it would be read as something else",
@@ -225,6 +285,25 @@ def known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
         for section in sections_of(field.annotation)[:1]:
             keys += known_keys(section, f"{prefix}{name}.")
     return keys
+
+
+def all_keys(schema: type[BaseModel]) -> list[str]:
+    """The same, with the options of every loss."""
+    known = known_keys(schema)
+    return known + (OPTION_KEYS if "loss.name" in known else [])
+
+
+def key_of(name: str, known: Sequence[str]) -> str | None:
+    """The key that a word can only mean: itself, one that ends in it, or what others call so.
+
+    >>> key_of("learning_rate", ["seed", "optimizer.learning_rate"])
+    'optimizer.learning_rate'
+    >>> key_of("lr", ["seed", "optimizer.learning_rate"])
+    'optimizer.learning_rate'
+    """
+    own = [key for key in known if key == name or key.endswith(f".{name}")]
+    elsewhere = [key for key in known if key == ELSEWHERE.get(name)]
+    return next(iter(own + elsewhere), None)
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:

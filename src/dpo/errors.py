@@ -67,7 +67,8 @@ def did_you_mean_path(name: str) -> str:
     """The same for a file or folder that is not there, among what its folder holds."""
     path = Path(name)
     try:
-        near = difflib.get_close_matches(path.name, [f.name for f in path.parent.iterdir()], n=1)
+        others = [file.name for file in path.parent.iterdir()]
+        near = difflib.get_close_matches(path.name, others, n=1, cutoff=0.7)
     except (OSError, ValueError):  # no folder either, or a name that none can have
         return ""
     return f"; did you mean {path.with_name(near[0])}?" if near else ""

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from dpo.sections import Count, NonNegative, Positive, Section
+from dpo.sections import Count, NonNegative, Positive, Section, shorthand_for
 
 Kind = Literal["pair", "list", "unpaired"]
 
@@ -566,13 +566,17 @@ def takes_reference(loss: SingleLossConfig | MixLossConfig) -> bool:
 
 
 def with_name(value: Any) -> Any:
-    """Options without a name are those of dpo, or of mix where there is a mixture.
+    """Options without a name are those of dpo, or of mix where there is a mixture; a text is a
+    name.
 
     >>> with_name({"beta": 0.2})
     {'name': 'dpo', 'beta': 0.2}
+    >>> with_name("ipo")
+    {'name': 'ipo'}
     """
     if isinstance(value, Section):
         return value
+    value = shorthand_for("name")(value)
     if not isinstance(value, Mapping):
         raise ValueError(f"expected options of a loss, e.g. loss.name=ipo (got {value!r:.60})")
     return {"name": "mix" if "mix" in value else "dpo", **value}

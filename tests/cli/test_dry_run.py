@@ -10,7 +10,7 @@ import yaml
 from dpo.config import PreferenceConfig, SFTConfig
 from dpo.config_files import read_config
 from dpo.models import load
-from dpo.train import session
+from dpo.train import prepare, session
 from dpo.train.dry_run import dry_run
 from dpo.train.run import read_metrics
 from train.small_runs import FRESH, dpo, dpo_config, dpo_run, sft_config, sft_run, words_of
@@ -147,6 +147,9 @@ def test_the_configuration_that_it_prints_is_the_resolved_one(tmp_path, no_weigh
 def test_it_says_what_the_output_folder_is(tmp_path):
     assert dry_run(dpo_config(dpo_run())).state == "finished"
     assert dry_run(dpo_config(tmp_path / "new")).state == "new"
+    (tmp_path / "refused").mkdir()
+    (tmp_path / "refused" / ".lock").touch()  # what a run leaves that was refused
+    assert dry_run(dpo_config(tmp_path / "refused")).state == "new"
     (tmp_path / "precious.txt").write_text("")
     assert dry_run(dpo_config(tmp_path)).state == "not a run"
 
@@ -170,6 +173,24 @@ def test_the_reference_is_passed_over_once_where_it_stays(tmp_path, no_weights):
     assert plan.reference_tokens == plan.train.tokens + plan.held_out.tokens
     words = ["loss.name=simpo", f"model={sft_run()}", SYNTHETIC, f"out={tmp_path / 'out'}"]
     assert dry_run(read_config(PreferenceConfig, overrides=words)).reference_tokens == 0
+
+
+def test_rows_are_read_once(tmp_path, no_weights, monkeypatch):
+    read = []
+    load_rows = prepare.load_rows
+    monkeypatch.setattr(prepare, "load_rows", lambda *a, **k: read.append(a) or load_rows(*a, **k))
+    file = tmp_path / "prefs.jsonl"
+    assert dpo("data", "synthetic", file, "--rows", 40).code == 0
+    plan = plan_of("train", f"model={sft_run()}", f"data={file}", f"out={tmp_path / 'out'}")
+    assert any("seconds a step" in line for line in plan["estimate"])
+    assert len(read) == 1
+
+
+def test_a_warm_up_longer_than_the_run_is_said_before_it(tmp_path, no_weights):
+    words = words_of(dpo_config(tmp_path / "out", {"optimizer": {"warmup": 50}}))
+    said = dpo("train", *words, "--dry-run")
+    assert said.code == 0, said.all
+    assert "optimizer.warmup: 50 steps are more than the run's 6" in said.err
 
 
 def test_a_store_of_rows_is_not_written(tmp_path, no_weights):

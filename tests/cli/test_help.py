@@ -110,6 +110,7 @@ def completed(shell, *words):
         ("bash", ("dpo", "tr"), ["train"]),
         ("bash", ("dpo", "train", "loss.be"), ["loss.beta="]),
         ("bash", ("dpo", "train", "optimizer.schedule", "=", "co"), ["cosine", "constant"]),
+        ("bash", ("dpo", "train", "loss", "=", "simp"), ["simpo"]),
         ("fish", ("dpo", "train", "optimizer.schedule=co"), 2),
         ("zsh", ("dpo", "train", "loss.name=ip"), ["_arguments", "'*:", ':(("loss.name=ipo"))\'']),
     ],

@@ -83,6 +83,19 @@ def test_the_rows_decide_the_command_and_the_loss(tmp_path, row, command, loss):
         assert f"# {LOSS_CONFIGS[loss].__doc__.splitlines()[0]}" in text
 
 
+def test_prompts_alone_get_no_recipe_and_a_prompt_with_odd_names_beside_it_is_no_prompt_alone(
+    tmp_path,
+):
+    model = f"model={sft_run()}"
+    alone = rows(tmp_path, {"prompt": "What is {}?"}, name="alone.jsonl")
+    refused = dpo("init", f"data={alone}", model, f"out={tmp_path / 'x.yaml'}")
+    assert refused.code == 2
+    assert "prompts alone are for dpo online and dpo ppo" in refused.err
+    odd = {"prompt": "What is {}?", "better": "It is {}.", "worse": "No idea, {}."}
+    _, _, values = written(tmp_path, f"data={rows(tmp_path, odd)}", model)
+    assert values["data"]["columns"] == {"chosen": "better", "rejected": "worse"}
+
+
 def test_a_command_that_is_asked_for_and_one_that_cannot_take_the_rows(tmp_path):
     pairs, shown = rows(tmp_path, PAIR), rows(tmp_path, SHOWN, name="shown.jsonl")
     model = f"model={sft_run()}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import pty
 import re
@@ -12,6 +14,7 @@ import sys
 
 import pytest
 
+from dpo.cli.output import set_up_logging
 from dpo.report.results import study_result
 from dpo.train.run import read_manifest, read_metrics
 from train.small_runs import (
@@ -199,3 +202,18 @@ def test_a_log_that_nobody_watches_has_a_line_a_message(tmp_path):
     dpo("data", "synthetic", data, "--rows", 40)
     said = dpo("sft", "model.fresh={}", f"data={data}", "out=x", "--dry-run")
     assert any(str(data) in line and "40 preference rows" in line for line in said.err_lines)
+
+
+def test_the_log_goes_to_what_standard_error_is_by_then(monkeypatch):
+    log = logging.getLogger("dpo")
+    monkeypatch.setattr(log, "propagate", log.propagate)
+    monkeypatch.setattr(log, "handlers", log.handlers)
+    monkeypatch.setattr(log, "level", log.level)
+    first, second = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", first)
+    set_up_logging(logging.INFO)
+    log.info("one")
+    monkeypatch.setattr(sys, "stderr", second)
+    first.close()
+    log.info("two")
+    assert second.getvalue().endswith("] two\n")

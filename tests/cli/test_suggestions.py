@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dpo.errors import did_you_mean, did_you_mean_path
@@ -25,6 +27,10 @@ RUN = ("model=./x", "out=./y")
         (("train", "precision=BF16", *RUN), "(got 'BF16'); did you mean bf16?"),
         (("ppo", "critic=sepparate", "reward=x", *RUN), "did you mean separate?"),
         (("evaluate", "judges=[sentence_bart]", "models.a=x", "out=y"), "mean sentence_bert?"),
+        (("train", "lr=1", *RUN), "lr: unknown key; did you mean optimizer.learning_rate?"),
+        (("sft", "num_train_epochs=3", *RUN), "did you mean epochs?"),
+        (("train", "--beta", "0.3", *RUN), "--beta: a setting is key=value, without dashes: loss"),
+        (("train", "--learning-rate=1", *RUN), "without dashes: optimizer.learning_rate=..."),
         (("theory", "V05-simpo-targt"), "; did you mean V"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -38,6 +44,11 @@ def test_a_word_that_is_nearly_known_is_answered_with_the_known_one(words, meant
 def test_what_is_near_to_nothing_gets_no_guess():
     said = dpo("train", "precision=quick", *RUN)
     assert said.err.endswith("(got 'quick')")
+
+
+def test_keys_that_a_command_does_not_have_are_not_suggested():
+    assert dpo("sft", "loss_type=ipo", *RUN).err == "loss_type: unknown key"
+    assert dpo("reward", "beta=0.1", *RUN).err == "beta: unknown key"
 
 
 def test_a_template_that_is_nearly_known():
@@ -70,8 +81,11 @@ def test_a_setting_without_its_value_is_not_taken_for_a_file():
     assert late.endswith("e.g. loss.beta=0.1; a configuration file comes first.")
 
 
-def test_the_ends_of_the_sentences():
+def test_the_ends_of_the_sentences(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert did_you_mean("cosin", ["linear", "cosine"]) == "; did you mean cosine?"
     assert did_you_mean("x", ["linear", "cosine"]) == ""
+    Path("rows.jsonl").touch()
+    assert did_you_mean_path("other.jsonl") == ""  # alike in nothing but their ending
     assert did_you_mean_path("no/such/folder/at/all") == ""
     assert did_you_mean_path("nul\0l") == ""

@@ -10,7 +10,14 @@ import pytest
 from rich.console import Console
 
 from dpo.data.audit import audit, drop_identical, preview, render, visible
-from dpo.data.rows import DemonstrationRow, Message, PreferenceRow, RankedRow, UnpairedRow
+from dpo.data.rows import (
+    DemonstrationRow,
+    Message,
+    PreferenceRow,
+    PromptRow,
+    RankedRow,
+    UnpairedRow,
+)
 from dpo.data.sources import load_rows
 from dpo.data.tokenize import EncodedRow, TokenSequence
 
@@ -64,6 +71,35 @@ def test_rows_are_equal_where_their_texts_scores_and_labels_are():
     assert num_duplicates(UnpairedRow("p", "a", True), UnpairedRow("p", "a", False)) == 0
     assert num_duplicates(UnpairedRow("p", "a", True), UnpairedRow("p", "a", True)) == 1
     assert num_duplicates(DemonstrationRow("p", "a"), DemonstrationRow("p", "a", "there")) == 1
+
+
+def test_responses_that_begin_with_their_prompt_are_counted():
+    rows = (
+        PreferenceRow(" Why? ", "Why? So.", "Because"),
+        PreferenceRow((Message("user", "Why?"),), "Why? So.", "Because"),
+    )
+    assert audit(rows).num_repeated_prompts == 1
+    assert "1 of 4 responses begin with their prompt" in shown(render(audit(rows)))
+    assert "begin with their prompt" not in shown(render(audit(ROWS)))
+
+
+def test_labels_are_counted_where_there_are_labels_and_pairs_where_there_are_pairs():
+    labelled = audit([UnpairedRow("p", "a", True), UnpairedRow("p", "b", False)])
+    assert "1 of 2 responses are desirable" in shown(render(labelled))
+    assert "chosen equal to rejected" not in shown(render(labelled))
+    assert audit(ROWS).num_desirable is None
+
+
+def test_prompts_alone_are_counted_measured_and_shown():
+    rows = [PromptRow("abc", "here:1")]
+    found = audit(rows, encode=encode, max_length=2)
+    assert found.num_responses == found.num_too_long == 0
+    lengths = [(part.part, part.unit, part.at_percentiles[0]) for part in found.lengths]
+    assert lengths == [("prompt", "characters", 3), ("prompt", "tokens", 3)]
+    assert "response" not in shown(render(found))
+    assert "exceed" not in shown(render(found))
+    text = shown(preview(rows, 1, encode=encode, token_text=token_text))
+    assert [line.strip() for line in text.splitlines()] == ["here:1", "prompt: 3 tokens", "a|b|c"]
 
 
 def test_nothing_to_count_is_counted_as_nothing():

@@ -20,6 +20,7 @@ from dpo.data.rows import (
     DemonstrationRow,
     Message,
     PreferenceRow,
+    PromptRow,
     RankedRow,
     UnpairedRow,
 )
@@ -173,6 +174,30 @@ def test_labels_may_be_booleans_numbers_or_words(load):
 )
 def test_each_demonstration_layout_is_recognised(load, values, row):
     assert load([values]).rows == (row,)
+
+
+@pytest.mark.parametrize(("prompt", "read"), [("Why?", "Why?"), ([USER], CHAT)])
+def test_a_prompt_alone_is_a_row_and_is_written_as_one(load, tmp_path, prompt, read):
+    loaded = load([{"prompt": prompt, "id": 1}])
+    assert loaded.rows == (PromptRow(read),)
+    assert (loaded.kind, loaded.ignored_columns) == ("prompt", ("id",))
+    write_jsonl(loaded.rows, tmp_path / "again.jsonl")
+    assert load_rows(tmp_path / "again.jsonl").rows == loaded.rows
+
+
+def test_a_prompt_whose_response_is_missing_is_no_prompt_alone(complaints):
+    half = {"prompt": "Why?", "chosen": "Because."}
+    (line,) = complaints([half])
+    assert "no row has a shape that can be recognised (found: prompt, chosen)" in line
+    assert complaints([{"prompt": "How?"}, half, {"prompt": "Who?"}]) == [
+        "prefs.jsonl:2: has no known shape (found: prompt, chosen), the others prompt."
+    ]
+
+
+@pytest.mark.parametrize("convert", [as_pairs, as_rankings, as_unpaired, as_demonstrations])
+def test_prompts_alone_are_refused_where_responses_are_needed(convert):
+    with pytest.raises(InputError, match=r"here:1: expected .* got prompt rows; every row needs"):
+        convert([PromptRow("Why?", "here:1")])
 
 
 def test_columns_are_renamed_and_a_column_that_bears_a_mapped_name_gives_way(load):
@@ -364,7 +389,10 @@ def test_twenty_problems_are_shown_and_the_rest_counted(complaints):
     [
         (b'{"prompt" "Why?"}', "not valid JSON: Expecting ':' delimiter (column 11)."),
         (b'{"prompt": "Why?"} x', "not valid JSON: more text after the object (column 19)."),
-        (b'{"prompt": "\xff"}', "not UTF-8 (byte 0xff at 12: invalid start byte)."),
+        (
+            b'{"prompt": "\xff"}',
+            "not UTF-8 (byte 0xff at 12: invalid start byte); save it as UTF-8.",
+        ),
         (b'{"prompt": "a", "prompt": "b"}', "repeated key: prompt."),
         (b'{"prompt": ' + b"9" * 5000 + b"}", "an integer of 5000 digits."),
         (b"[" * 100_000, "not valid JSON: nested too deeply (column 1)."),
@@ -457,7 +485,8 @@ def test_a_row_with_the_columns_of_two_shapes_is_a_problem_where_others_have_one
 def test_unknown_columns_are_named_with_what_was_expected(complaints):
     (line,) = complaints([{"question": "Why?", "evil\x1b[31m": 1}])
     assert "(found: question, evil\\x1b[31m)" in line
-    assert "prompt, chosen, rejected, chosen_score, rejected_score, subset; " in line
+    assert "one of prompt/chosen/rejected, instruction/chosen/rejected, " in line
+    assert "told by data.columns.prompt=question (dpo data check: --column prompt=que" in line
 
 
 @pytest.mark.parametrize(

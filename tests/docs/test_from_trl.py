@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpo.config import PreferenceConfig
-from dpo.config_files import known_keys, read_config
+from dpo.config_files import ELSEWHERE, known_keys, read_config
 from dpo.loss_config import LOSS_CONFIGS, OPTION_KEYS
 
 trl = pytest.importorskip("trl", reason="needs TRL, to compare with (pip install trl)")
@@ -61,6 +61,14 @@ def test_our_keys_exist_and_have_these_defaults(title):
         for part in key.split(".")[1:] if key == "loss.tau" else key.split("."):
             value = getattr(value, part)
         assert str(value) == default, key
+
+
+def test_who_writes_their_key_is_told_ours():
+    ours = {row[0]: row[2] for title in TABLES for row in table(title)}
+    ours |= {row[0]: row[1] for row in table("The trainer's arguments")}
+    for theirs in ELSEWHERE.keys() & ours.keys():
+        assert ours[theirs].startswith(ELSEWHERE[theirs]), theirs
+    assert len(ELSEWHERE.keys() & ours.keys()) > 15
 
 
 def test_every_key_that_dpoconfig_adds_is_there():

@@ -14,6 +14,7 @@ from dpo.evaluate.diagnostics import DIAGNOSTICS, diagnose, write_diagnosis
 from dpo.evaluate.pair_diagnostics import displacement_level
 from dpo.evaluate.readings import Reading, differ, join
 from dpo.train.held_out import HELD_OUT, HeldOutPair
+from train.small_runs import sft_run
 
 BETA = 0.5
 SIDES = ("chosen", "rejected")
@@ -364,6 +365,11 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         diagnose(tmp_path)
     with pytest.raises(InputError, match="nothing to diagnose"):
         diagnose(tmp_path / "missing")
+
+
+def test_a_run_of_sft_has_nothing_to_diagnose():
+    with pytest.raises(InputError, match=r"nothing to diagnose; expected .* of dpo train"):
+        diagnose(sft_run())
 
 
 def test_a_run_without_its_configuration_is_refused_by_name(tmp_path):

@@ -483,8 +483,9 @@ def test_a_page_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(write, "write_page", fail)
     monkeypatch.setattr(logging.getLogger("dpo"), "propagate", True)
-    write.leave_page(tmp_path)
-    [record] = caplog.records
+    with caplog.at_level("WARNING", "dpo"):
+        write.leave_page(tmp_path)
+    [record] = [record for record in caplog.records if record.name == "dpo"]
     assert record.levelname == "WARNING"
     assert "could not be written (first line second line)" in record.getMessage()
 
@@ -708,6 +709,15 @@ def other_run(tmp_path):
     config["loss"]["beta"] = 0.7
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_a_comparison_never_takes_the_place_of_a_runs_page(tmp_path):
+    other = other_run(tmp_path)
+    before = (other / "index.html").read_bytes()
+    said = dpo("compare", dpo_run(), other, "--out", other)
+    assert said.code == 2
+    assert said.err == f"--out: {other} is a run, whose own page would be lost; name another."
+    assert (other / "index.html").read_bytes() == before
 
 
 def test_runs_side_by_side_show_what_differs_and_only_that(tmp_path):

@@ -62,6 +62,10 @@ def test_what_it_cannot_plan_is_one_sentence():
     assert plan("machine.devices=0").code == 2
     assert dpo("plan", "model.fresh.width=32").code == 2  # as dpo train
     assert dpo("plan", "model=./nothing").code == 2
+    said = dpo("plan", "evaluate", "model=x")
+    assert (
+        said.err == "dpo plan: it estimates dpo sft, train, reward, online, ppo, not dpo evaluate."
+    )
 
 
 def test_a_machines_numbers_may_be_overridden():

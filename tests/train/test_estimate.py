@@ -309,7 +309,7 @@ def test_a_run_is_described_in_sentences():
     data = read_data(config)
     steps = steps_in_words(config, data, estimate(config, data, NOWHERE))
     assert steps.startswith("75 training rows; 6 steps of 8 rows")
-    lines = describe_run(config)
+    lines = describe_run(config, data)
     assert any("parameters." in line for line in lines)
     assert any(line.startswith("Memory at most") for line in lines)
     assert any("seconds a step" in line for line in lines)

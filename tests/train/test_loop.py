@@ -15,7 +15,7 @@ from dpo.models.fresh import fresh_gpt2
 from dpo.models.load import weights_digest
 from dpo.models.recompute import enable_recomputation
 from dpo.train.encoded import EncodedPair, sequences_of
-from dpo.train.loop import Progression, total_steps, training_step
+from dpo.train.loop import Progression, total_steps, training_step, warn_of_warmup
 from dpo.train.preference import PreferenceMethod
 from dpo.train.reference import score_all
 from dpo.train.schedule import adamw
@@ -319,3 +319,14 @@ def test_a_step_leaves_the_threads_arithmetic_as_it_was(start):
     optimizer = adamw(policy, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0)
     training_step(dpo_method(start), policy, optimizer, configured(), step=0)
     assert torch.tensor(1e-40).mul(1).item() > 0
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_said(caplog):
+    warn_of_warmup(configured(optimizer={"warmup": 8}), 8)
+    assert not caplog.records
+    warn_of_warmup(configured(optimizer={"warmup": 8}), 2)
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "optimizer.warmup: 8 steps are more than the run's 2, so the learning rate ends at 0.25 of "
+        "its peak."
+    )

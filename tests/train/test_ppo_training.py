@@ -12,11 +12,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import DATA, FRESH, dpo, forked, merged, outcome, scratch, sft_run, sha256, words_of
+from small_runs import (
+    DATA,
+    FRESH,
+    TIMINGS,
+    dpo,
+    forked,
+    merged,
+    outcome,
+    scratch,
+    sft_run,
+    sha256,
+    words_of,
+)
 
-from dpo.config import ModelConfig, RewardConfig, SFTConfig
+from dpo.config import DataConfig, ModelConfig, RewardConfig, SFTConfig
 from dpo.config_files import read_config, validate
 from dpo.core.ppo import adapted_coefficient
+from dpo.data.rows import PromptRow
+from dpo.data.sources import write_jsonl
+from dpo.data.synthetic import preferences
 from dpo.errors import InputError, Stopped
 from dpo.models.load import find_model, load_model
 from dpo.models.reward import open_reward_model
@@ -160,6 +175,20 @@ def test_a_critic_learns_what_to_expect(critic, tmp_path):
     explained = [row["ppo/explained_variance"] for row in steps]
     assert explained[0] == pytest.approx(0, abs=1e-9)
     assert explained[-1] > 0.5
+
+
+def test_prompts_alone_train_as_the_same_prompts_with_responses(tmp_path):
+    pairs = preferences(num_rows=96, seed=0)
+    steps = []
+    for name, rows in ("pairs", pairs), ("prompts", [PromptRow(row.prompt) for row in pairs]):
+        write_jsonl(rows, tmp_path / f"{name}.jsonl")
+        config = config_of(tmp_path / name, {"rounds": 1})
+        data = DataConfig(path=str(tmp_path / f"{name}.jsonl"), test_fraction=0.25)
+        folder = train_ppo(config.model_copy(update={"data": data}))
+        steps.append(
+            [{k: v for k, v in row.items() if k not in TIMINGS} for row in steps_of(folder)]
+        )
+    assert steps[0] == steps[1]
 
 
 def test_a_critic_begins_as_a_copy_of_the_policy_or_of_the_reward_model(tmp_path):

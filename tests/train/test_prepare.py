@@ -90,6 +90,13 @@ def test_the_embedded_demonstrations_have_no_rejected_response_to_imitate():
         load_demonstrations(data(path="synthetic"), response="rejected")
 
 
+@pytest.mark.parametrize("load", [load_demonstrations, load_preferences])
+def test_who_forgets_the_data_is_told_what_is_trained_on(load, caplog):
+    with caplog.at_level("INFO", "dpo"):
+        load(data(synthetic={"num_rows": 20}))
+    assert "Data synthetic: 20 embedded rows; data=FILE takes yours." in caplog.text
+
+
 def test_sft_imitates_the_response_that_is_asked_for(tmp_path):
     path = written(tmp_path / "train.jsonl", pairs(["one", "two", "three"]))
     for response, word in (("chosen", "good"), ("rejected", "bad")):

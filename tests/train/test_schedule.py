@@ -39,6 +39,12 @@ def test_warm_up_of_a_part_of_a_step_is_a_whole_step():
     assert rates("linear", 4, 0.1) == pytest.approx([1, 1, 2 / 3, 1 / 3])
 
 
+def test_warm_up_of_one_and_more_is_a_number_of_steps():
+    assert rates("linear", 8, 2) == rates("linear", 8, 0.25)
+    assert rates("constant", 4, 3) == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert rates("constant", 2, 4) == pytest.approx([1 / 4, 2 / 4])
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("total_steps", [1, 2, 7, 100])
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 0.999])

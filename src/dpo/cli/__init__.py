@@ -8,7 +8,7 @@ import traceback
 import typer
 
 from dpo.cli import data, evaluation, experiments, explaining, init, planning, training
-from dpo.cli.common import DATA, EXPLAIN, MEASURE, TRAIN, app
+from dpo.cli.common import DATA, EXPLAIN, MEASURE, TRAIN, TeachingCommand, app
 from dpo.errors import DPOError, StorageError
 
 __all__ = ["GROUPS", "PANELS", "app", "main"]
@@ -18,6 +18,8 @@ GROUPS = (training, planning, evaluation, experiments, data, init, explaining)
 
 PANELS = (DATA, TRAIN, MEASURE, EXPLAIN)
 app.registered_commands.sort(key=lambda command: PANELS.index(str(command.rich_help_panel)))
+for command in app.registered_commands:
+    command.cls = TeachingCommand
 
 
 ANYWHERE = ("--debug", "--quiet", "-q")

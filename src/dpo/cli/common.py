@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from dpo import __version__
 from dpo.cli.completion import complete_setting
@@ -61,6 +62,28 @@ def _version(asked: bool) -> None:
     if asked:
         typer.echo(__version__)
         raise typer.Exit
+
+
+class TeachingCommand(TyperCommand):
+    """A command that knows its settings where they are written as options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+        for option in (word.partition("=")[0] for word in args if word.startswith("--")):
+            key = None if option in own else _setting_called(option, ctx.info_name)
+            if key is not None:
+                raise InputError(f"{option}: a setting is key=value, without dashes: {key}=...")
+        return super().parse_args(ctx, args)
+
+
+def _setting_called(option: str, command: str | None) -> str | None:
+    """The key of a command's configuration that an option is meant for."""
+    from dpo.config_files import all_keys, key_of
+    from dpo.schemas import SCHEMAS
+
+    schema = SCHEMAS.get(command or "")
+    name = option.lstrip("-").replace("-", "_")
+    return None if schema is None else key_of(name, all_keys(schema))
 
 
 DISTRIBUTED = ("sft", "train", "reward", "online", "ppo")

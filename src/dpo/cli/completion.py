@@ -39,17 +39,16 @@ def complete_setting(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def _keys(schema: type[BaseModel] | None, start: str) -> Iterator[str]:
-    from dpo.config_files import known_keys
-    from dpo.loss_config import OPTION_KEYS
+    from dpo.config_files import all_keys
 
     if schema is not None:
-        keys = known_keys(schema) + (OPTION_KEYS if "loss" in schema.model_fields else [])
-        yield from (f"{key}=" for key in dict.fromkeys(keys) if key.startswith(start))
+        keys = dict.fromkeys(all_keys(schema))
+        yield from (f"{key}=" for key in keys if key.startswith(start))
 
 
 def _values(schema: type[BaseModel] | None, key: str, start: str) -> Iterator[str]:
     parts = key.split(".")
-    if key == "loss.name":
+    if key in ("loss", "loss.name") and _annotation(schema, ["loss", "name"]) is not None:
         yield from complete_loss(start)
         return
     yield from (value for value in _choices(_annotation(schema, parts)) if value.startswith(start))

@@ -28,6 +28,14 @@ def set_up_logging(level: int) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
+class _StandardError(logging.StreamHandler[Any]):
+    """Writes to what standard error is by then, not to what it was when logging was set up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _log_handler() -> logging.Handler:
     """Coloured and folded for a person; where nobody watches, a line a message."""
     from rich.console import Console
@@ -38,7 +46,7 @@ def _log_handler() -> logging.Handler:
         return RichHandler(
             console=console, show_path=False, show_level=False, log_time_format="[%X]"
         )
-    handler = logging.StreamHandler()
+    handler = _StandardError()
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%X"))
     return handler
 
@@ -46,17 +54,6 @@ def _log_handler() -> logging.Handler:
 def is_quiet() -> bool:
     """Whether `--quiet` was given."""
     return log.level > logging.INFO
-
-
-@contextmanager
-def without_log() -> Iterator[None]:
-    """What is logged inside has been said before."""
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 @contextmanager

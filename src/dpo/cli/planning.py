@@ -10,6 +10,7 @@ from dpo.cli.common import TRAIN, TrustRemoteCode, app, read
 from dpo.cli.completion import complete_setting
 from dpo.cli.output import quiet_transformers
 from dpo.cli.teaching import CONFIGURATION, teach
+from dpo.errors import InputError
 
 
 @app.command(
@@ -43,8 +44,11 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     from dpo.plan_config import PLANS
+    from dpo.schemas import SCHEMAS
 
     command, *words = settings or ["train"]
+    if command in SCHEMAS and command not in PLANS:
+        raise InputError(f"dpo plan: it estimates dpo {', '.join(PLANS)}, not dpo {command}.")
     if command not in PLANS:
         command, words = "train", [command, *words]
     config = read(PLANS[command], words)

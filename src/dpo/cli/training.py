@@ -14,7 +14,6 @@ from dpo.cli.output import (
     on_screen,
     print_json,
     quiet_transformers,
-    without_log,
 )
 from dpo.cli.teaching import CONFIGURATION, teach
 
@@ -269,13 +268,12 @@ def _run(
 def _show(config: Any, *, trust_remote_code: bool, as_json: bool) -> None:
     """Say what training would do, and what it would need."""
     from dpo.report.dry_run import as_result, print_dry_run
-    from dpo.train.dry_run import dry_run, in_memory
+    from dpo.train.dry_run import dry_run
     from dpo.train.estimate import describe_run
 
     refuse_launcher("a dry run")
     found = dry_run(config, trust_remote_code=trust_remote_code)
-    with without_log():  # it reads the same rows once more
-        estimate = describe_run(in_memory(config), trust_remote_code=trust_remote_code)
+    estimate = describe_run(config, found.data, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(as_result(config, found, estimate))
     else:

@@ -20,7 +20,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dpo.data.rows import DemonstrationRow, PreferenceRow, Prompt, RankedRow, Row, UnpairedRow
+from dpo.data.rows import (
+    DemonstrationRow,
+    PreferenceRow,
+    Prompt,
+    PromptRow,
+    RankedRow,
+    Row,
+    UnpairedRow,
+)
 from dpo.data.shapes import kind_of_row
 from dpo.data.split import digest64, prompt_digest, prompt_digests, prompt_key
 from dpo.data.tokenize import EncodedRow, TokenSequence
@@ -58,8 +66,9 @@ class Audit:
     """What `audit` counts. None means that it could not be counted with what was given.
 
     `num_duplicate_rows` counts the rows that equal an earlier one; `num_unique_prompts` takes
-    prompts as they stand, `num_distinct_prompts` up to case and white space. A sequence is a prompt
-    with one of its responses.
+    prompts as they stand, `num_distinct_prompts` up to case and white space; `num_desirable`, the
+    labels of unpaired rows that are true; `num_repeated_prompts`, the responses that begin with
+    their own prompt. A sequence is a prompt with one of its responses.
     """
 
     num_rows: int
@@ -68,8 +77,10 @@ class Audit:
     num_distinct_prompts: int
     num_duplicate_rows: int
     num_identical_pairs: int
+    num_desirable: int | None
     num_responses: int
     num_empty_responses: int
+    num_repeated_prompts: int
     num_overlapping_prompts: int | None
     lengths: tuple[Lengths, ...]
     max_length: int | None
@@ -85,7 +96,7 @@ def responses_of(row: Row) -> tuple[tuple[str, str], ...]:
         return tuple(("response", response) for response in row.responses)
     if isinstance(row, UnpairedRow):
         return (("completion", row.completion),)
-    return (("response", row.response),)
+    return () if isinstance(row, PromptRow) else (("response", row.response),)
 
 
 def audit(
@@ -117,8 +128,10 @@ def audit(
         num_distinct_prompts=_num_distinct(tally.prompts),
         num_duplicate_rows=len(rows) - _num_distinct(tally.rows),
         num_identical_pairs=tally.num_identical,
+        num_desirable=tally.num_desirable if "unpaired" in tally.kinds else None,
         num_responses=tally.num_responses,
         num_empty_responses=tally.num_empty,
+        num_repeated_prompts=tally.num_repeated,
         num_overlapping_prompts=shared,
         lengths=(*_lengths("characters", tally.characters), *_lengths("tokens", tally.tokens)),
         max_length=max_length,
@@ -144,7 +157,8 @@ class _Tally:
         self.rows, self.exact_prompts, self.prompts = array("Q"), array("Q"), array("Q")
         self.characters: dict[str, array[int]] = {}
         self.tokens: dict[str, array[int]] = {}
-        self.num_identical = self.num_responses = self.num_empty = 0
+        self.num_identical = self.num_desirable = 0
+        self.num_responses = self.num_empty = self.num_repeated = 0
         self.num_too_long = self.num_merged = 0
 
     def add(self, row: Row) -> None:
@@ -158,17 +172,19 @@ class _Tally:
         content = json.dumps([kind, key, texts, _judgement(row)])
         self.rows.append(digest64(content.encode()))
         self.num_identical += _is_identical(row)
+        self.num_desirable += isinstance(row, UnpairedRow) and row.label
         self.num_responses += len(texts)
         self.num_empty += sum(not text.strip() for text in texts)
+        self.num_repeated += sum(_repeats(row.prompt, text) for text in texts)
         _append(self.characters, "prompt", _num_characters(row.prompt))
         for part, text in responses:
             _append(self.characters, part, len(text))
         if self.merges is not None:
             self.num_merged += sum(self.merges(row.prompt, text) for text in texts)
         if self.encode is not None:
-            sequences = self.encode(row.prompt, texts).sequences
+            sequences = self.encode(row.prompt, texts or [""]).sequences
             _append(self.tokens, "prompt", sequences[0].prompt_length)
-            for (part, _), sequence in zip(responses, sequences, strict=True):
+            for (part, _), sequence in zip(responses, sequences, strict=bool(texts)):
                 _append(self.tokens, part, sequence.num_scored)
                 self.num_too_long += len(sequence) > self.longest
 
@@ -181,7 +197,7 @@ def _judgement(row: Row) -> object:
     """What tells rows of equal texts apart: a label, or scores; 0.0 and -0.0 are equal."""
     if isinstance(row, UnpairedRow):
         return row.label
-    if isinstance(row, DemonstrationRow) or row.scores is None:
+    if isinstance(row, DemonstrationRow | PromptRow) or row.scores is None:
         return None
     return [score + 0.0 for score in row.scores]
 
@@ -207,6 +223,11 @@ def drop_identical(rows: Sequence[R]) -> tuple[tuple[R, ...], int]:
 
 def _is_identical(row: Row) -> bool:
     return isinstance(row, PreferenceRow) and row.chosen == row.rejected
+
+
+def _repeats(prompt: Prompt, response: str) -> bool:
+    """Whether a response begins with the prompt that it follows, which a model would read twice."""
+    return isinstance(prompt, str) and response.lstrip().startswith(prompt.strip())
 
 
 def _num_characters(prompt: Prompt) -> int:
@@ -248,17 +269,29 @@ def _count_lines(audit: Audit) -> list[str]:
         f"{audit.num_unique_prompts:,} different prompts, {audit.num_distinct_prompts:,} "
         "up to case and white space",
         f"{audit.num_duplicate_rows:,} rows equal an earlier one",
-        f"{audit.num_identical_pairs:,} pairs have chosen equal to rejected (no gradient)",
-        f"{audit.num_empty_responses:,} of {audit.num_responses:,} responses are empty",
     ]
+    if "preference" in audit.num_rows_by_kind:
+        lines.append(
+            f"{audit.num_identical_pairs:,} pairs have chosen equal to rejected; no gradient"
+        )
+    if audit.num_desirable is not None:
+        lines.append(f"{audit.num_desirable:,} of {audit.num_responses:,} responses are desirable")
+    if audit.num_responses:
+        empty = f"{audit.num_empty_responses:,} of {audit.num_responses:,} responses"
+        lines.append(f"{empty} are empty")
+    if audit.num_repeated_prompts:
+        lines.append(
+            f"{audit.num_repeated_prompts:,} of {audit.num_responses:,} responses begin with their "
+            "prompt, which comes before them anyway; leave it out of them"
+        )
     if audit.num_overlapping_prompts is not None:
         lines.append(f"{audit.num_overlapping_prompts:,} test prompts are among these rows")
-    if audit.num_too_long is not None:
+    if audit.num_too_long is not None and audit.num_responses:
         lines.append(
             f"{audit.num_too_long:,} of {audit.num_responses:,} sequences exceed "
             f"{audit.max_length:,} tokens and will be cut"
         )
-    if audit.num_merged_boundaries is not None:
+    if audit.num_merged_boundaries is not None and audit.num_responses:
         lines.append(
             f"{audit.num_merged_boundaries:,} of {audit.num_responses:,} sequences have a boundary "
             "that one tokenisation would merge (they are tokenised apart)"
@@ -287,8 +320,14 @@ def preview(
     blocks: list[Text] = []
     for number, row in enumerate(rows[:num_rows], 1):
         responses = responses_of(row)
-        sequences = encode(row.prompt, [text for _, text in responses]).sequences
+        sequences = encode(row.prompt, [text for _, text in responses] or [""]).sequences
         blocks.append(Text(visible(row.source or f"row {number}"), style="bold"))
+        if not responses:
+            given = sequences[0].ids[: sequences[0].prompt_length]
+            heading = f"prompt: {len(given)} tokens"
+            alone = TokenSequence(given, len(given))
+            blocks += [Text(heading, style="italic"), _marked(alone, token_text)]
+            continue
         for (part, _), sequence in zip(responses, sequences, strict=True):
             num_given = sequence.prompt_length
             heading = f"{part}: {num_given} prompt tokens, {sequence.num_scored} scored"

@@ -500,4 +500,5 @@ def _decode(name: str, data: bytes) -> str | Problem:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}: {error.reason})"
+    byte = error.object[error.start]
+    return f"not UTF-8 (byte 0x{byte:02x} at {error.start}: {error.reason}); save it as UTF-8"

@@ -69,4 +69,12 @@ class DemonstrationRow:
     source: str = field(default="", compare=False)
 
 
-Row = PreferenceRow | RankedRow | UnpairedRow | DemonstrationRow
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One prompt alone, for those who sample the responses themselves."""
+
+    prompt: Prompt
+    source: str = field(default="", compare=False)
+
+
+Row = PreferenceRow | RankedRow | UnpairedRow | DemonstrationRow | PromptRow

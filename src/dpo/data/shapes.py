@@ -18,25 +18,31 @@ from dpo.data.rows import (
     DemonstrationRow,
     PreferenceRow,
     Prompt,
+    PromptRow,
     RankedRow,
     Row,
     UnpairedRow,
 )
 from dpo.errors import InputError
 
-Kind = Literal["preference", "ranked", "unpaired", "demonstration"]
+Kind = Literal["preference", "ranked", "unpaired", "demonstration", "prompt"]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """The turn markers of hh-rlhf dialogues."""
 
 
+KINDS: dict[type[Row], Kind] = {
+    PreferenceRow: "preference",
+    RankedRow: "ranked",
+    UnpairedRow: "unpaired",
+    DemonstrationRow: "demonstration",
+    PromptRow: "prompt",
+}
+
+
 def kind_of_row(row: Row) -> Kind:
-    """The name of a row's type: preference, ranked, unpaired or demonstration."""
-    if isinstance(row, PreferenceRow):
-        return "preference"
-    if isinstance(row, RankedRow):
-        return "ranked"
-    return "unpaired" if isinstance(row, UnpairedRow) else "demonstration"
+    """The name of a row's type: preference, ranked, unpaired, demonstration or prompt."""
+    return KINDS[type(row)]
 
 
 # -- one function per shape --------------------------------------------------------------------
@@ -155,6 +161,10 @@ def _messages(fields: Fields) -> Row:
     return DemonstrationRow(*fields.conversation("messages"))
 
 
+def _prompt(fields: Fields) -> Row:
+    return PromptRow(fields.prompt("prompt"))
+
+
 # -- recognition -------------------------------------------------------------------------------
 
 
@@ -192,8 +202,12 @@ SHAPES = (
     Shape(("prompt", "completion"), _demonstration("completion")),
     Shape(("instruction", "output"), _instruction_demonstration, ("input",)),
     Shape(("messages",), _messages),
+    Shape(("prompt",), _prompt),
 )
 """Every shape, in order of preference: the first whose required columns are all there is taken."""
+
+_RESPONSES = {name for shape in SHAPES for name in shape.required} - {"prompt"}
+"""Columns beside which a prompt is not alone: something is missing that belongs to them."""
 
 
 def recognise(columns: Sequence[str]) -> Shape | None:
@@ -201,8 +215,12 @@ def recognise(columns: Sequence[str]) -> Shape | None:
 
     >>> recognise(["instruction", "input", "output", "chosen", "rejected"]).name
     'instruction/chosen/rejected'
+    >>> recognise(["prompt", "id"]).name, recognise(["prompt", "chosen"])
+    ('prompt', None)
     """
-    return next((shape for shape in SHAPES if set(shape.required) <= set(columns)), None)
+    found = next((shape for shape in SHAPES if set(shape.required) <= set(columns)), None)
+    alone = found is None or found.read is not _prompt or _RESPONSES.isdisjoint(columns)
+    return found if alone else None
 
 
 @dataclass
@@ -327,13 +345,13 @@ def _read_row(record: Record, shape: Shape, columns: Mapping[str, str]) -> Row |
     for name in missing:
         fields.complain(name, f"is missing; {_needs(shape, columns)} {_found(record)}")
     if not missing and found is not shape:
-        assert found is not None
-        return Problem(record.source, f"has the shape {found.name}, the others {shape.name}.")
+        this = f"has the shape {found.name}" if found else f"has no known shape {_found(record)}"
+        return Problem(record.source, f"{this}, the others {shape.name}.")
     row = None if missing else shape.read(fields)
     if row is None or fields.complaints:
         return Problem(record.source, "; ".join(fields.complaints) + ".")
     row = replace(row, source=record.source)
-    if isinstance(row, DemonstrationRow):
+    if isinstance(row, DemonstrationRow | PromptRow):
         return row
     return replace(row, subset=fields.tag(SUBSET))
 
@@ -351,11 +369,12 @@ def _common_shape(survey: Survey, columns: Mapping[str, str]) -> Shape:
             counts[shape] += count
     if not counts:
         assert survey.first is not None
-        shapes = "; ".join(", ".join(shape.columns) for shape in SHAPES)
+        shapes = ", ".join(shape.name for shape in SHAPES)
         raise InputError(
             f"{survey.first.source}: no row has a shape that can be recognised "
-            f"{_found(survey.first)}; "
-            f"expected the columns of one of: {shapes}. Other names can be mapped to these."
+            f"{_found(survey.first)}; expected the columns of one of {shapes}. "
+            "Columns of other names are told by data.columns.prompt=question "
+            f"(dpo data check: --column prompt=question).{_separated(survey.first)}"
         )
     shape = counts.most_common(1)[0][0]
     unused = [name for name in columns if name not in shape.columns]
@@ -393,6 +412,13 @@ def _renamed(values: dict[str, object], columns: Mapping[str, str]) -> dict[str,
 def _needs(shape: Shape, columns: Mapping[str, str]) -> str:
     *first, last = (printable(columns.get(name, name)) for name in shape.required)
     return f"every row needs {', '.join(first)} and {last}" if first else f"every row needs {last}"
+
+
+def _separated(record: Record) -> str:
+    """A sentence about the one column of a CSV file whose lines are cut by something else."""
+    [name, *others] = record.values or [""]
+    found = [mark for mark in (";", "\t", "|") if mark in name and not others]
+    return " A CSV file has commas between its columns." if found else ""
 
 
 def _found(record: Record) -> str:

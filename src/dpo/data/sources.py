@@ -37,6 +37,7 @@ from dpo.data.rows import (
     DemonstrationRow,
     PreferenceRow,
     Prompt,
+    PromptRow,
     RankedRow,
     Row,
     UnpairedRow,
@@ -476,6 +477,8 @@ def _as_json(row: Row) -> dict[str, object]:
             return {"prompt": prompt, "completion": row.completion, "label": row.label}
         case DemonstrationRow():
             return {"prompt": prompt, "response": row.response}
+        case PromptRow():
+            return {"prompt": prompt}
 
 
 # -- one type of row to another ----------------------------------------------------------------
@@ -584,7 +587,8 @@ def as_demonstrations(
     the result.
 
     Raises:
-        InputError: Nothing is left, or a demonstration is asked for its rejected response.
+        InputError: Nothing is left, a demonstration is asked for its rejected response, or there
+            are prompts alone.
     """
     better = response == "chosen"
     found: list[DemonstrationRow] = []
@@ -602,6 +606,11 @@ def as_demonstrations(
                 if not better:
                     raise InputError(f"{_where(row)}a demonstration has no rejected response.")
                 text = row.response
+            case PromptRow():
+                raise InputError(
+                    f"{_where(row)}expected rows with responses, got prompt rows; every row needs "
+                    "something to imitate."
+                )
         found.append(DemonstrationRow(row.prompt, text, row.source))
     if not found:
         raise InputError(f"There is no {response} response to imitate.")

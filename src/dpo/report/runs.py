@@ -62,7 +62,7 @@ def run_table(folder: Path, metrics: list[dict[str, Any]]) -> Table:
     table = Table(title=Text(str(folder)))
     table.add_column("held-out rows")
     for name, row in ends.items():
-        table.add_column(f"{name} (step {row['step']})", justify="right")
+        table.add_column(f"{name} (step {row['step']})", justify="right", overflow="fold")
     for key, name in SUMMARY:
         if key in ends["start"]:
             table.add_row(name, *(f"{float(row[key]):.4g}" for row in ends.values()))

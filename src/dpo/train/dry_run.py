@@ -22,12 +22,12 @@ from dpo.models.reward import with_end
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.train.encoded import KINDS
 from dpo.train.jobs import load_rows_for
-from dpo.train.loop import total_steps
+from dpo.train.loop import total_steps, warn_of_warmup
 from dpo.train.objective import check_scores, make_objective
-from dpo.train.online import rows_per_round
 from dpo.train.prepare import SplitData, encode_prompts, load_demonstrations, load_prompts
 from dpo.train.reward import KIND_OF, check_margins, texts_of
-from dpo.train.run import read_manifest
+from dpo.train.run import foreign_files, read_manifest
+from dpo.train.run_data import RunData, as_run_data, as_sampled_data, looked_at
 from dpo.train.session import (
     choose_held_out,
     distinct_prompts,
@@ -86,6 +86,8 @@ class DryRun:
     train: Side
     held_out: Side
     steps: Steps
+    data: RunData
+    """For an estimate of memory and time."""
     samples: int = 0
     """Responses that are drawn of the policy for training."""
     reference_tokens: int = 0
@@ -98,7 +100,7 @@ def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> DryRun:
     Raises:
         InputError: as training would, for data, tokenizer and template.
     """
-    config = in_memory(config)
+    config = _in_memory(config)
     if isinstance(config, SFTConfig):
         return _sft(config, trust_remote_code)
     if isinstance(config, PreferenceConfig):
@@ -109,7 +111,7 @@ def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> DryRun:
     return _on_samples(config, trust_remote_code)
 
 
-def in_memory(config: Config) -> Config:
+def _in_memory(config: Config) -> Config:
     """The same run without a store of rows, which would be written."""
     data = config.data.model_copy(update={"store": "memory", "cache": None})
     return config.model_copy(update={"data": data})
@@ -129,9 +131,9 @@ def _sft(config: SFTConfig, trust_remote_code: bool) -> DryRun:
         )
         return [[sequence] for sequence in encoded]
 
-    train, costs = _side(encoder, data.train, encode, "training rows")
+    train, rows = _side(encoder, data.train, encode, "training rows")
     held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
-    return _trained("sft", config, encoder, train, held_out, _steps(config, costs))
+    return _trained("sft", config, encoder, train, held_out, rows)
 
 
 def _preference(config: PreferenceConfig, trust_remote_code: bool) -> DryRun:
@@ -140,18 +142,11 @@ def _preference(config: PreferenceConfig, trust_remote_code: bool) -> DryRun:
     check_scores(objective, [*data.train, *data.test])
     encoder, _ = _open_encoder(config, data, [], trust_remote_code)
     encode = _encode_rows(objective.kind, encoder, config)
-    train, costs = _side(encoder, data.train, encode, "training rows")
+    train, rows = _side(encoder, data.train, encode, "training rows")
     held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
     stays = objective.needs_reference and config.moving_reference is None
-    return _trained(
-        "train",
-        config,
-        encoder,
-        train,
-        held_out,
-        _steps(config, costs, whole_batch=objective.whole_batch),
-        reference_tokens=train.tokens + held_out.tokens if stays else 0,
-    )
+    tokens = train.tokens + held_out.tokens if stays else 0
+    return _trained("train", config, encoder, train, held_out, rows, reference_tokens=tokens)
 
 
 def _reward(config: RewardConfig, trust_remote_code: bool) -> DryRun:
@@ -166,37 +161,40 @@ def _reward(config: RewardConfig, trust_remote_code: bool) -> DryRun:
     def encode(rows: Sequence[Any], what: str) -> list[list[TokenSequence]]:
         return [with_end(sequences) for sequences in in_tokens(rows, what)]
 
-    train, costs = _side(encoder, data.train, encode, "training rows")
+    train, rows = _side(encoder, data.train, encode, "training rows")
     held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
     train, held_out = (replace(side, scored_tokens=0) for side in (train, held_out))
-    return _trained("reward", config, encoder, train, held_out, _steps(config, costs))
+    return _trained("reward", config, encoder, train, held_out, rows)
 
 
 def _on_samples(config: OnlineConfig | PPOConfig, trust_remote_code: bool) -> DryRun:
     data = load_prompts(config.data)
     encoder, positions = _open_encoder(config, data, [], trust_remote_code)
 
-    def side(prompts: Sequence[Prompt], longest: int) -> tuple[Side, list[int]]:
+    def side(prompts: Sequence[Prompt], longest: int) -> tuple[Side, list[list[int]]]:
         ids = encode_prompts(encoder, prompts, max_new_tokens=longest, positions=positions)
         cut = sum(len(encoder.prompt_ids(prompt)) > positions - longest for prompt in prompts)
-        lengths = [len(prompt) for prompt in ids]
-        return Side(len(prompts), 0, cut, 0, sum(lengths), 0), lengths
+        return Side(len(prompts), 0, cut, 0, sum(map(len, ids)), 0), ids
 
     prompts = list(dict.fromkeys(row.prompt for row in data.train))
-    train, lengths = side(prompts, config.sampling.max_new_tokens)
+    train, ids = side(prompts, config.sampling.max_new_tokens)
     tested = distinct_prompts(data.test, config.evaluation.max_rows, config.seed)
     held_out, _ = side(tested, config.evaluation.max_new_tokens)
-    if isinstance(config, PPOConfig):
-        command, rows, responses = "ppo", config.responses_per_round, 1
-    else:
-        command, rows = "online", rows_per_round(config, len(prompts))
-        responses = config.samples_per_prompt if config.loss.kind == "list" else 2
-    each = config.epochs_per_round * steps_per_epoch(rows, config.batch.size)
-    most = max(lengths) + responses * config.sampling.max_new_tokens
-    size = min(config.batch.size, rows)
-    drawn = (config.prompts_per_round or len(prompts)) * config.samples_per_prompt
-    steps = Steps(config.rounds * each, each, size, None, size * most, None)
-    return _trained(command, config, encoder, train, held_out, steps, samples=config.rounds * drawn)
+    run = as_sampled_data(config, looked_at(ids, config), len(prompts), encoder.tokenizer)
+    assert run.sampling is not None
+    most = max(map(len, ids)) + len(run.rows[0]) * config.sampling.max_new_tokens
+    size = min(config.batch.size, run.num_rows)
+    steps = Steps(run.num_steps, run.num_steps // run.num_rounds, size, None, size * most, None)
+    return _dry_run(
+        "ppo" if isinstance(config, PPOConfig) else "online",
+        config,
+        encoder,
+        train,
+        held_out,
+        steps,
+        run,
+        samples=run.num_rounds * run.sampling.responses,
+    )
 
 
 # -- what they share -----------------------------------------------------------------------------
@@ -238,30 +236,32 @@ def _encode_rows(kind: str, encoder: Encoder, config: RunConfig) -> Encode:
 
 def _side(
     encoder: _Watched, rows: Sequence[Any], encode: Encode, what: str
-) -> tuple[Side, list[int]]:
-    """The counts of some rows, and the tokens of each that is kept."""
+) -> tuple[Side, list[list[TokenSequence]]]:
+    """The counts of some rows, and the sequences of each that is kept."""
     encoder.given.clear()
     kept = encode(rows, what)
-    costs = [packed_tokens(sequences) for sequences in kept]
     side = Side(
         rows=len(rows),
         dropped=len(rows) - len(kept),
         prompts_cut=sum(row.prompt_truncated for row in encoder.given),
         responses_cut=sum(row.responses_truncated for row in encoder.given),
-        tokens=sum(costs),
+        tokens=sum(map(packed_tokens, kept)),
         scored_tokens=sum(s.num_scored for sequences in kept for s in sequences),
     )
-    return side, costs
+    return side, kept
 
 
-def _steps(config: TrainingConfig, costs: Sequence[int], *, whole_batch: bool = False) -> Steps:
-    """The steps over rows of these costs; tokens are those of the first pass."""
+def _steps(
+    config: TrainingConfig, rows: Sequence[list[TokenSequence]], *, whole_batch: bool = False
+) -> Steps:
+    """The steps over these rows; tokens are those of the first pass."""
+    costs = list(map(packed_tokens, rows))
     total = total_steps(config, len(costs))
     size, most = config.batch.size, config.batch.max_tokens
     each = steps_per_epoch(len(costs), size)
     batches = [
-        [costs[row] for row in rows]
-        for rows in (
+        [costs[row] for row in batch]
+        for batch in (
             batch_rows(step, num_rows=len(costs), batch_size=size, seed=config.seed)
             for step in range(min(total, each))
         )
@@ -279,13 +279,35 @@ def _steps(config: TrainingConfig, costs: Sequence[int], *, whole_batch: bool = 
 
 def _trained(
     command: str,
+    config: SFTConfig | PreferenceConfig | RewardConfig,
+    encoder: Encoder,
+    train: Side,
+    held_out: Side,
+    rows: Sequence[list[TokenSequence]],
+    *,
+    reference_tokens: int = 0,
+) -> DryRun:
+    """Of a command that trains on given rows, here those that are kept."""
+    data = as_run_data(config, looked_at(rows, config), len(rows), encoder.tokenizer)
+    steps = _steps(config, rows, whole_batch=data.whole_batch)
+    return _dry_run(
+        command, config, encoder, train, held_out, steps, data, reference_tokens=reference_tokens
+    )
+
+
+def _dry_run(
+    command: str,
     config: RunConfig,
     encoder: Encoder,
     train: Side,
     held_out: Side,
     steps: Steps,
-    **more: int,
+    data: RunData,
+    *,
+    samples: int = 0,
+    reference_tokens: int = 0,
 ) -> DryRun:
+    warn_of_warmup(config, steps.total)
     return DryRun(
         command=command,
         folder=config.out,
@@ -295,13 +317,15 @@ def _trained(
         train=train,
         held_out=held_out,
         steps=steps,
-        **more,
+        data=data,
+        samples=samples,
+        reference_tokens=reference_tokens,
     )
 
 
 def _state(folder: Path) -> str:
     """What the run directory is before the run: training goes on in one of its own only."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not foreign_files(folder):
         return "new"
     status = read_manifest(folder).get("status")
     return {"started": "unfinished", "finished": "finished"}.get(str(status), "not a run")

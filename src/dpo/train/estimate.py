@@ -25,7 +25,7 @@ from dpo.models.plan import scoring_plan
 from dpo.models.text_classifier import load_classifier
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.train.adapters import settings_of
-from dpo.train.run_data import RunData, Trained, read_data
+from dpo.train.run_data import RunData, Trained
 from dpo.train.this_machine import this_machine
 from dpo.train.workload import Workload, count_workload
 
@@ -278,14 +278,13 @@ def _reference_bytes(config: Trained, model: ModelSize, trust_remote_code: bool)
 # -- in words ------------------------------------------------------------------------------------
 
 
-def describe_run(config: Trained, *, trust_remote_code: bool = False) -> list[str]:
+def describe_run(config: Trained, data: RunData, *, trust_remote_code: bool = False) -> list[str]:
     """What a run of this configuration would need on this machine: model, memory and time, a
     sentence each.
 
     Raises:
         InputError: as training would.
     """
-    data = read_data(config, trust_remote_code=trust_remote_code)
     found = estimate(config, data, this_machine(), trust_remote_code=trust_remote_code)
     return needs_in_words(data, found)
 
@@ -323,21 +322,31 @@ def needs_in_words(data: RunData, found: Estimate) -> list[str]:
     if not found.gpu:
         at_peak["copy for a checkpoint"] = found.checkpoint
     parts = ", ".join(f"{name} {in_words(size)}" for name, size in at_peak.items() if size)
-    hours = found.seconds * data.num_steps / 3600
-    times = f"About {found.seconds:.3g} seconds a step, {hours:.3g} hours of steps."
+    whole = found.seconds * data.num_steps + found.round_seconds * data.num_rounds
+    drawing = ""
     if data.sampling is not None:
-        sampled = found.round_seconds * data.num_rounds / 3600
-        times += (
-            f" About {found.round_seconds:.3g} seconds a round to draw and score "
-            f"{data.sampling.responses:,} responses, {sampled:.3g} hours of {data.num_rounds} "
-            "rounds."
+        drawing = (
+            f", {found.round_seconds:.3g} seconds a round to draw and score "
+            f"{data.sampling.responses:,} responses"
         )
     return [
         f"{model.parameters:,} parameters{trained}.",
         f"Memory at most {in_words(found.device_bytes)} ({parts}); fullest: {moment}.",
-        times,
+        f"About {found.seconds:.3g} seconds a step{drawing}, {time_in_words(whole)} in all.",
         *data.remarks,
     ]
+
+
+def time_in_words(seconds: float) -> str:
+    """Seconds in a unit of which there are few.
+
+    >>> time_in_words(0.012), time_in_words(150), time_in_words(1e5)
+    ('0.012 seconds', '2.5 minutes', '28 hours')
+    """
+    for unit, size in (("seconds", 1), ("minutes", 60), ("hours", 3600), ("days", 86400)):
+        if seconds < 60 * size or unit == "days":
+            break
+    return f"{seconds / size:.2g} {unit}"
 
 
 def in_words(size: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 from collections.abc import Sequence
@@ -191,8 +190,7 @@ def _warn_of_whole_batches(method: PreferenceMethod, config: PreferenceConfig) -
     """A batch that cannot be split may need more memory than the token budget says."""
     if not method.whole_batch:
         return
-    costs = (method.num_tokens(row) for row in range(method.num_rows))
-    most = sum(heapq.nlargest(config.batch.size, costs))
+    most = method.largest_batch(config.batch.size)
     if most > config.batch.max_tokens:
         log.warning(
             "The loss %s compares the rows of a batch, so a batch is not split: up to %d tokens "

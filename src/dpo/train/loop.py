@@ -33,7 +33,7 @@ from dpo.train.optimizers import (
     stepping_in_backward,
 )
 from dpo.train.run import Run
-from dpo.train.schedule import learning_rate
+from dpo.train.schedule import learning_rate, warmup_steps
 from dpo.train.stopping import GO_ON, stop_after_step
 
 log = logging.getLogger("dpo")
@@ -137,6 +137,14 @@ class PlainMethod:
         """How many training rows there are."""
         raise NotImplementedError
 
+    def num_tokens(self, row: int) -> int:
+        """Tokens that a row sends through the policy."""
+        raise NotImplementedError
+
+    def largest_batch(self, size: int) -> int:
+        """Tokens of a batch of the longest rows: the most that one can have."""
+        return sum(heapq.nlargest(size, map(self.num_tokens, range(self.num_rows))))
+
     def num_steps(self, config: RunConfig) -> int:
         assert isinstance(config, TrainingConfig)
         return total_steps(config, self.num_rows)
@@ -236,6 +244,7 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
     optimizer = make_optimizer(policy, config.optimizer)
     progression = _resume(method, policy, optimizer, run)
     total = method.num_steps(config)
+    warn_of_warmup(config, total)
     every = method.steps_per_pass(config)
     evaluate_every = every if config.evaluation.every == "epoch" else config.evaluation.every
     save_every = every if config.save_every == "epoch" else config.save_every
@@ -286,6 +295,19 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
     )
 
 
+def warn_of_warmup(config: RunConfig, total_steps: int) -> None:
+    """Say it where the rate never reaches its peak."""
+    warming = warmup_steps(config.optimizer.warmup, total_steps)
+    if warming > total_steps:
+        log.warning(
+            "optimizer.warmup: %d steps are more than the run's %d, so the learning rate ends at "
+            "%.3g of its peak.",
+            warming,
+            total_steps,
+            total_steps / warming,
+        )
+
+
 def check_one_pass(method: Method, config: RunConfig) -> None:
     """Refuse updates in the backward pass where the gradients of a batch may need several.
 
@@ -295,8 +317,7 @@ def check_one_pass(method: Method, config: RunConfig) -> None:
     if method.whole_batch:
         return
     assert isinstance(method, PlainMethod)
-    costs = (method.num_tokens(row) for row in range(method.num_rows))
-    most = sum(heapq.nlargest(config.batch.size, costs))
+    most = method.largest_batch(config.batch.size)
     if most > config.batch.max_tokens:
         raise InputError(
             f"optimizer.in_backward: {config.batch.size} rows can have {most} tokens, more than "

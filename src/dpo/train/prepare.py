@@ -22,6 +22,7 @@ from dpo.data.rows import (
     DemonstrationRow,
     PreferenceRow,
     Prompt,
+    PromptRow,
     RankedRow,
     Row,
     UnpairedRow,
@@ -42,7 +43,7 @@ from dpo.errors import InputError
 
 log = logging.getLogger("dpo")
 
-R = TypeVar("R", bound=DemonstrationRow | PreferenceRow | RankedRow | UnpairedRow)
+R = TypeVar("R", bound=DemonstrationRow | PreferenceRow | RankedRow | UnpairedRow | PromptRow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def load_demonstrations(
         InputError: the source cannot be read, or has nothing to imitate.
     """
     if data.path == "synthetic":
-        made = synthetic.demonstrations(**data.synthetic.model_dump())
+        made = _embedded(synthetic.demonstrations(**data.synthetic.model_dump()))
         return _split(data, as_demonstrations(made, response=response), None, "synthetic")
     return _load(data, lambda rows: as_demonstrations(rows, response=response))
 
@@ -77,7 +78,7 @@ def load_preferences(data: DataConfig) -> SplitData[PreferenceRow]:
         InputError: the source cannot be read, or its rows are no preferences.
     """
     if data.path == "synthetic":
-        made = synthetic.preferences(**data.synthetic.model_dump())
+        made = _embedded(synthetic.preferences(**data.synthetic.model_dump()))
         return _split(data, made, None, "synthetic")
     if data.store == "arrow":
         return _load_stored(data)
@@ -91,7 +92,7 @@ def load_rankings(data: DataConfig) -> SplitData[RankedRow]:
         InputError: the source cannot be read, or its rows have no order.
     """
     if data.path == "synthetic":
-        made = synthetic.preferences(**data.synthetic.model_dump())
+        made = _embedded(synthetic.preferences(**data.synthetic.model_dump()))
         return _split(data, as_rankings(made), None, "synthetic")
     return _load(data, as_rankings)
 
@@ -103,7 +104,7 @@ def load_judgements(data: DataConfig) -> SplitData[UnpairedRow]:
         InputError: the source cannot be read, or its rows have no labels.
     """
     if data.path == "synthetic":
-        made = synthetic.preferences(**data.synthetic.model_dump())
+        made = _embedded(synthetic.preferences(**data.synthetic.model_dump()))
         return _split(data, as_unpaired(made), None, "synthetic")
     return _load(data, as_unpaired)
 
@@ -117,6 +118,12 @@ def load_prompts(data: DataConfig) -> SplitData[Any]:
     if data.path == "synthetic":
         return load_preferences(data)
     return _load(data, lambda rows: tuple(rows))
+
+
+def _embedded(rows: tuple[R, ...]) -> tuple[R, ...]:
+    """The rows, said to be the embedded ones: whoever forgot `data` has not asked for them."""
+    log.info("Data synthetic: %d embedded rows; data=FILE takes yours.", len(rows))
+    return rows
 
 
 def _load(data: DataConfig, convert: Callable[[Sequence[Row]], tuple[R, ...]]) -> SplitData[R]:

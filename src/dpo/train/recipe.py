@@ -102,6 +102,11 @@ def make_recipe(config: InitConfig) -> Recipe:
             or it does not go with the command.
     """
     rows, kind, seen, columns = _look(config.data)
+    if kind == "prompt":
+        raise InputError(
+            f"{seen}: prompts alone are for dpo online and dpo ppo, for which there is no recipe "
+            "to write; dpo ppo --help has a command."
+        )
     command = config.command or USUAL[kind]
     if command != "sft" and (command, kind) not in LOSSES:
         raise InputError(
@@ -156,6 +161,9 @@ def _look(data: DataConfig) -> tuple[tuple[Row, ...], Kind, str, dict[str, str]]
         if not columns:
             raise
         loaded = load(columns)
+    if loaded.kind == "prompt" and not data.columns:  # of the responses' names none is ours
+        columns = guess_columns(["prompt", *loaded.ignored_columns])
+        loaded = load(columns) if columns else loaded
     name = data.path if isinstance(data.path, str) else ", ".join(data.path)
     return loaded.rows, loaded.kind, f"{printable(name, limit=200)}: {loaded}", columns
 

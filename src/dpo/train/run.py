@@ -155,6 +155,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "manifest.json") or {}
 
 
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What a run directory is the run of (config.json), empty where it is none."""
+    found = _read_json(folder / "config.json") or {}
+    return found if "command" in found else {}
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run directory; a torn last line, left by a kill, is not one."""
     file = folder / "metrics.jsonl"
@@ -206,13 +212,12 @@ def open_run(folder: Path, identity: Mapping[str, Any]) -> Run:
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     """Write `config.json` into an empty folder, or compare with the one that is there."""
     file = folder / "config.json"
-    known = _read_json(file)
-    if known is None or "command" not in known:  # a model's folder has a config.json as well
-        torn = {*folder.glob(".config.json.*.tmp"), folder / ".lock"}
-        foreign = sorted(f.name for f in folder.iterdir() if f not in torn)
-        if foreign:
+    known = read_identity(folder)
+    if not known:  # a model's folder has a config.json as well
+        others = foreign_files(folder)
+        if others:
             raise InputError(
-                f"out: {folder} is not empty and holds no run ({', '.join(foreign[:3])}); "
+                f"out: {folder} is not empty and holds no run ({', '.join(others[:3])}); "
                 "name a new folder."
             )
         write_json(file, identity)
@@ -224,6 +229,12 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
             f"out: {folder} holds a run with other settings; name a new folder, or set them "
             f"back:\n{lines}"
         )
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """The names in a folder beside what a run leaves that was refused before it began."""
+    torn = {*folder.glob(".config.json.*.tmp"), folder / ".lock"}
+    return sorted(file.name for file in folder.iterdir() if file not in torn)
 
 
 def _origin(identity: Mapping[str, Any]) -> Origin:

@@ -14,20 +14,28 @@ def learning_rate(
 ) -> float:
     """The learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule.
 
-    Warm-up takes the share `warmup` of the steps and never starts at 0; after it the rate stays
-    ("constant"), falls on a line ("linear") or a half cosine ("cosine") that would reach 0 one
-    step after the last.
+    Warm-up takes `warmup_steps` and never starts at 0; after it the rate stays ("constant"), falls
+    on a line ("linear") or a half cosine ("cosine") that would reach 0 one step after the last.
 
     >>> [learning_rate(s, total_steps=4, peak=1, warmup=0.5, schedule="linear") for s in range(4)]
     [0.5, 1.0, 1.0, 0.5]
     """
-    warmup_steps = math.ceil(warmup * total_steps)
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+    warming = warmup_steps(warmup, total_steps)
+    if step < warming:
+        return peak * (step + 1) / warming
     if schedule == "constant":
         return peak
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    progress = (step - warming) / (total_steps - warming)
     return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def warmup_steps(warmup: float, total_steps: int) -> int:
+    """How many steps the warm-up takes: below 1 a share of all, rounded up; from 1 on a number.
+
+    >>> warmup_steps(0.1, 57), warmup_steps(10, 57)
+    (6, 10)
+    """
+    return int(warmup) if warmup >= 1 else math.ceil(warmup * total_steps)
 
 
 def adamw(

@@ -19,7 +19,14 @@ from dpo import atomic
 from dpo.config import ModelConfig, RunConfig
 from dpo.data.audit import audit
 from dpo.data.prompts import PromptTemplate, as_text, load_template
-from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, UnpairedRow
+from dpo.data.rows import (
+    DemonstrationRow,
+    PreferenceRow,
+    PromptRow,
+    RankedRow,
+    Row,
+    UnpairedRow,
+)
 from dpo.data.split import Digests, prompt_digests
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
@@ -256,8 +263,15 @@ def _leave_audit(run: Run, data: SplitData[Any]) -> None:
     """Count what the rows hold, once, for whoever looks at the run."""
     file = run.folder / DATA_AUDIT
     if run.writes and not run.finished and not file.exists():
-        counts = asdict(audit(data.train, test_rows=data.test))
-        atomic.write_json(file, {"num_test_rows": len(data.test), **counts})
+        found = audit(data.train, test_rows=data.test)
+        atomic.write_json(file, {"num_test_rows": len(data.test), **asdict(found)})
+        if found.num_repeated_prompts > found.num_responses / 2:
+            log.warning(
+                "%d of %d responses begin with their prompt, so the model reads it twice; leave it "
+                "out of them.",
+                found.num_repeated_prompts,
+                found.num_responses,
+            )
 
 
 def _withdraw(run: Run) -> None:
@@ -325,6 +339,8 @@ def _given(row: Row) -> dict[str, Any]:
             return {"completion": row.completion, "label": row.label}
         case DemonstrationRow():
             return {"response": row.response}
+        case PromptRow():
+            return {}
 
 
 def write_samples(

@@ -27,6 +27,7 @@ from dpo.report.page.verdict import ALPHA
 from dpo.report.page.words import decimal, duration, listed, p_value, points
 from dpo.report.page.write import PAGE
 from dpo.report.runs import SUMMARY
+from dpo.train.run import read_manifest
 
 CURVES = {
     "eval/loss": "Held-out loss",
@@ -63,6 +64,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         StorageError: a file cannot be written.
     """
     runs = gather_runs(folders)
+    if read_manifest(out):
+        raise InputError(f"--out: {out} is a run, whose own page would be lost; name another.")
     curves = [
         MetricCurve(CURVES[key], name, *_line(run, key))
         for key in CURVES

@@ -158,7 +158,9 @@ AUDIT_NAMES = {
     "num_duplicate_rows": "Rows that equal an earlier one",
     "num_identical_pairs": "Pairs whose chosen equals their rejected",
     "num_responses": "Responses",
+    "num_desirable": "Desirable responses",
     "num_empty_responses": "Empty responses",
+    "num_repeated_prompts": "Responses that begin with their prompt",
     "num_overlapping_prompts": "Held-out prompts among the training prompts",
 }
 
