@@ -302,6 +302,17 @@ class HubConfig(Section):
         return repo
 
 
+class DistributedConfig(Section):
+    """How the processes that torchrun or accelerate starts share the work; one alone has all."""
+
+    kind: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: each has the whole model; fsdp: each a part (FSDP2)."
+    )
+    timeout_seconds: Positive = Field(
+        600.0, description="A process that is silent for longer is lost, and all end."
+    )
+
+
 class RunConfig(Section):
     """What every training command takes."""
 
@@ -335,6 +346,7 @@ class RunConfig(Section):
     push_to_hub: Annotated[HubConfig | None, BeforeValidator(shorthand_for("repo"))] = Field(
         None, description="Upload the finished run's model to the hub; none: it stays here."
     )
+    distributed: DistributedConfig = DistributedConfig()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -381,21 +393,9 @@ class RunConfig(Section):
         return self.dropout or (self.adapter is not None and self.adapter.dropout > 0)
 
 
-class DistributedConfig(Section):
-    """How the processes that torchrun or accelerate starts share the work; one alone has all."""
-
-    kind: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="ddp: each has the whole model; fsdp: each a part (FSDP2)."
-    )
-    timeout_seconds: Positive = Field(
-        600.0, description="A process that is silent for longer is lost, and all end."
-    )
-
-
 class TrainingConfig(RunConfig):
     """Training on given rows, several times over if asked."""
 
-    distributed: DistributedConfig = DistributedConfig()
     epochs: Positive = Field(1.0, description="Passes over the training rows.")
     max_steps: Count | None = Field(None, description="Optimizer steps instead of epochs.")
 

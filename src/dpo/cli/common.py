@@ -86,7 +86,7 @@ def _setting_called(option: str, command: str | None) -> str | None:
     return None if schema is None else key_of(name, all_keys(schema))
 
 
-DISTRIBUTED = ("sft", "train", "reward")
+DISTRIBUTED = ("sft", "train", "reward", "online", "ppo")
 """The commands that torchrun or accelerate may start several times over."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -252,12 +252,10 @@ def _run(
     if dry_run:
         _show(config, trust_remote_code=trust_remote_code, as_json=as_json)
         return
-    from dpo.config import DistributedConfig
     from dpo.report.results import run_result
     from dpo.train import ranks
 
-    distributed = getattr(config, "distributed", DistributedConfig())
-    with on_screen(as_json=as_json), ranks.joined(distributed):
+    with on_screen(as_json=as_json), ranks.joined(config.distributed):
         folder = job(config, trust_remote_code=trust_remote_code)
         first = ranks.is_first()
         if first:
@@ -267,19 +265,15 @@ def _run(
         finish(lambda: run_result(folder), as_json=as_json)
 
 
-def _show(config: RunConfig, *, trust_remote_code: bool, as_json: bool) -> None:
+def _show(config: Any, *, trust_remote_code: bool, as_json: bool) -> None:
     """Say what training would do, and what it would need."""
-    from dpo.config import PreferenceConfig, SFTConfig
     from dpo.report.dry_run import as_result, print_dry_run
     from dpo.train.dry_run import dry_run
     from dpo.train.estimate import describe_run
 
     refuse_launcher("a dry run")
     found = dry_run(config, trust_remote_code=trust_remote_code)
-    estimate = ["Time and memory are estimated for dpo sft and dpo train alone."]
-    if found.data is not None:
-        assert isinstance(config, SFTConfig | PreferenceConfig)
-        estimate = describe_run(config, found.data, trust_remote_code=trust_remote_code)
+    estimate = describe_run(config, found.data, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(as_result(config, found, estimate))
     else:

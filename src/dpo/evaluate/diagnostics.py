@@ -23,9 +23,12 @@ from dpo.evaluate.pair_diagnostics import (
 )
 from dpo.evaluate.readings import Diagnosis, Found, read_json_lines
 from dpo.evaluate.sample_diagnostics import read_own_samples
-from dpo.train.run import read_metrics
+from dpo.train.run import read_identity, read_metrics
 
 DIAGNOSTICS = "diagnostics.json"
+
+WITHOUT_PREFERENCES = ("sft", "reward")
+"""The commands whose runs have nothing to diagnose: no policy that preferences moved."""
 
 
 def diagnose(folder: Path) -> Diagnosis:
@@ -59,8 +62,8 @@ def diagnose_run(folder: Path) -> Diagnosis:
     """
     measured = [row for row in read_metrics(folder) if "eval/loss" in row]
     pairs = HeldOut.of_run(folder)
-    own_samples = read_own_samples(measured[0], measured[-1]) if measured else ({}, [])
-    if not own_samples[0] and not pairs.num:
+    without = read_identity(folder).get("command") in WITHOUT_PREFERENCES
+    if without or not (measured or pairs.num):
         raise InputError(
             f"{folder}: there is nothing to diagnose; expected the folder of a run of dpo train, "
             "dpo online or dpo ppo, or of dpo evaluate (with scored.jsonl)."
@@ -73,7 +76,7 @@ def diagnose_run(folder: Path) -> Diagnosis:
         found["subsets"] = read_subsets(pairs)
         found["calibration"] = read_calibration(pairs)
     if measured:
-        found["on_policy"] = own_samples
+        found["on_policy"] = read_own_samples(measured[0], measured[-1])
         found["samples"] = health_of(read_json_lines(folder / "samples" / "final.jsonl")), []
     numbers = {topic: numbers for topic, (numbers, _) in found.items() if numbers}
     return Diagnosis("run", numbers, [r for _, readings in found.values() for r in readings])

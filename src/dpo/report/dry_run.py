@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields
 from typing import Any
 
 import yaml
@@ -46,10 +46,10 @@ def print_dry_run(config: RunConfig, found: DryRun, estimate: list[str]) -> None
 def as_result(config: RunConfig, found: DryRun, estimate: list[str]) -> dict[str, Any]:
     """The same for scripts."""
     sides = {name: _counts(getattr(found, name)) for name in ("train", "held_out")}
-    counts = asdict(replace(found, data=None))
-    del counts["data"]
+    counts = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "data"}
     return {
         **counts,
+        "steps": asdict(found.steps),
         **sides,
         "dry_run": True,
         "config": config.model_dump(mode="json"),

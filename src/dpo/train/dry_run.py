@@ -21,20 +21,13 @@ from dpo.data.tokenize import EncodedRow, Encoder, TokenSequence
 from dpo.models.reward import with_end
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.train.encoded import KINDS
-from dpo.train.estimate import MOST_ROWS, RunData, as_run_data
 from dpo.train.jobs import load_rows_for
 from dpo.train.loop import total_steps, warn_of_warmup
 from dpo.train.objective import check_scores, make_objective
-from dpo.train.online import rows_per_round
-from dpo.train.prepare import (
-    SplitData,
-    encode_prompts,
-    load_demonstrations,
-    load_prompts,
-    seeded_choice,
-)
+from dpo.train.prepare import SplitData, encode_prompts, load_demonstrations, load_prompts
 from dpo.train.reward import KIND_OF, check_margins, texts_of
 from dpo.train.run import foreign_files, read_manifest
+from dpo.train.run_data import RunData, as_run_data, as_sampled_data, looked_at
 from dpo.train.session import (
     choose_held_out,
     distinct_prompts,
@@ -93,12 +86,12 @@ class DryRun:
     train: Side
     held_out: Side
     steps: Steps
+    data: RunData
+    """For an estimate of memory and time."""
     samples: int = 0
     """Responses that are drawn of the policy for training."""
     reference_tokens: int = 0
     """What goes through the reference once, before training, where it stays as it is."""
-    data: RunData | None = None
-    """Of dpo sft and dpo train, for an estimate of memory and time."""
 
 
 def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> DryRun:
@@ -140,8 +133,7 @@ def _sft(config: SFTConfig, trust_remote_code: bool) -> DryRun:
 
     train, rows = _side(encoder, data.train, encode, "training rows")
     held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
-    found = _trained("sft", config, encoder, train, held_out, _steps(config, rows))
-    return replace(found, data=_looked_at(config, rows, len(data.train), encoder))
+    return _trained("sft", config, encoder, train, held_out, rows)
 
 
 def _preference(config: PreferenceConfig, trust_remote_code: bool) -> DryRun:
@@ -153,16 +145,8 @@ def _preference(config: PreferenceConfig, trust_remote_code: bool) -> DryRun:
     train, rows = _side(encoder, data.train, encode, "training rows")
     held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
     stays = objective.needs_reference and config.moving_reference is None
-    found = _trained(
-        "train",
-        config,
-        encoder,
-        train,
-        held_out,
-        _steps(config, rows, whole_batch=objective.whole_batch),
-        reference_tokens=train.tokens + held_out.tokens if stays else 0,
-    )
-    return replace(found, data=_looked_at(config, rows, len(data.train), encoder))
+    tokens = train.tokens + held_out.tokens if stays else 0
+    return _trained("train", config, encoder, train, held_out, rows, reference_tokens=tokens)
 
 
 def _reward(config: RewardConfig, trust_remote_code: bool) -> DryRun:
@@ -180,34 +164,37 @@ def _reward(config: RewardConfig, trust_remote_code: bool) -> DryRun:
     train, rows = _side(encoder, data.train, encode, "training rows")
     held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
     train, held_out = (replace(side, scored_tokens=0) for side in (train, held_out))
-    return _trained("reward", config, encoder, train, held_out, _steps(config, rows))
+    return _trained("reward", config, encoder, train, held_out, rows)
 
 
 def _on_samples(config: OnlineConfig | PPOConfig, trust_remote_code: bool) -> DryRun:
     data = load_prompts(config.data)
     encoder, positions = _open_encoder(config, data, [], trust_remote_code)
 
-    def side(prompts: Sequence[Prompt], longest: int) -> tuple[Side, list[int]]:
+    def side(prompts: Sequence[Prompt], longest: int) -> tuple[Side, list[list[int]]]:
         ids = encode_prompts(encoder, prompts, max_new_tokens=longest, positions=positions)
         cut = sum(len(encoder.prompt_ids(prompt)) > positions - longest for prompt in prompts)
-        lengths = [len(prompt) for prompt in ids]
-        return Side(len(prompts), 0, cut, 0, sum(lengths), 0), lengths
+        return Side(len(prompts), 0, cut, 0, sum(map(len, ids)), 0), ids
 
     prompts = list(dict.fromkeys(row.prompt for row in data.train))
-    train, lengths = side(prompts, config.sampling.max_new_tokens)
+    train, ids = side(prompts, config.sampling.max_new_tokens)
     tested = distinct_prompts(data.test, config.evaluation.max_rows, config.seed)
     held_out, _ = side(tested, config.evaluation.max_new_tokens)
-    if isinstance(config, PPOConfig):
-        command, rows, responses = "ppo", config.responses_per_round, 1
-    else:
-        command, rows = "online", rows_per_round(config, len(prompts))
-        responses = config.samples_per_prompt if config.loss.kind == "list" else 2
-    each = config.epochs_per_round * steps_per_epoch(rows, config.batch.size)
-    most = max(lengths) + responses * config.sampling.max_new_tokens
-    size = min(config.batch.size, rows)
-    drawn = (config.prompts_per_round or len(prompts)) * config.samples_per_prompt
-    steps = Steps(config.rounds * each, each, size, None, size * most, None)
-    return _trained(command, config, encoder, train, held_out, steps, samples=config.rounds * drawn)
+    run = as_sampled_data(config, looked_at(ids, config), len(prompts), encoder.tokenizer)
+    assert run.sampling is not None
+    most = max(map(len, ids)) + len(run.rows[0]) * config.sampling.max_new_tokens
+    size = min(config.batch.size, run.num_rows)
+    steps = Steps(run.num_steps, run.num_steps // run.num_rounds, size, None, size * most, None)
+    return _dry_run(
+        "ppo" if isinstance(config, PPOConfig) else "online",
+        config,
+        encoder,
+        train,
+        held_out,
+        steps,
+        run,
+        samples=run.num_rounds * run.sampling.responses,
+    )
 
 
 # -- what they share -----------------------------------------------------------------------------
@@ -264,17 +251,6 @@ def _side(
     return side, kept
 
 
-def _looked_at(
-    config: SFTConfig | PreferenceConfig,
-    rows: Sequence[list[TokenSequence]],
-    num_rows: int,
-    encoder: Encoder,
-) -> RunData:
-    """As many of the rows as an estimate looks at."""
-    chosen = seeded_choice(len(rows), MOST_ROWS, seed=config.seed)
-    return as_run_data(config, [tuple(rows[i]) for i in chosen], num_rows, encoder.tokenizer)
-
-
 def _steps(
     config: TrainingConfig, rows: Sequence[list[TokenSequence]], *, whole_batch: bool = False
 ) -> Steps:
@@ -303,11 +279,30 @@ def _steps(
 
 def _trained(
     command: str,
+    config: SFTConfig | PreferenceConfig | RewardConfig,
+    encoder: Encoder,
+    train: Side,
+    held_out: Side,
+    rows: Sequence[list[TokenSequence]],
+    *,
+    reference_tokens: int = 0,
+) -> DryRun:
+    """Of a command that trains on given rows, here those that are kept."""
+    data = as_run_data(config, looked_at(rows, config), len(rows), encoder.tokenizer)
+    steps = _steps(config, rows, whole_batch=data.whole_batch)
+    return _dry_run(
+        command, config, encoder, train, held_out, steps, data, reference_tokens=reference_tokens
+    )
+
+
+def _dry_run(
+    command: str,
     config: RunConfig,
     encoder: Encoder,
     train: Side,
     held_out: Side,
     steps: Steps,
+    data: RunData,
     *,
     samples: int = 0,
     reference_tokens: int = 0,
@@ -322,6 +317,7 @@ def _trained(
         train=train,
         held_out=held_out,
         steps=steps,
+        data=data,
         samples=samples,
         reference_tokens=reference_tokens,
     )

@@ -337,14 +337,14 @@ def _distribute(method: Method, policy: nn.Module, config: RunConfig) -> None:
             "optimizer.in_backward: it is for one process; several must add their gradients up "
             "before a weight may move."
         )
-    if isinstance(config, TrainingConfig) and config.distributed.kind == "fsdp":
+    if config.distributed.kind == "fsdp":
         for key, given in _WHOLE_ONLY.items():
             if given(method, config):
                 raise InputError(f"{key}: it is for distributed.kind=ddp, not fsdp.")
         sharding.shard(policy)
 
 
-_WHOLE_ONLY: dict[str, Callable[[Method, TrainingConfig], bool]] = {
+_WHOLE_ONLY: dict[str, Callable[[Method, RunConfig], bool]] = {
     "moving_reference": lambda method, config: method.companion() is not None,
     "adapter": lambda method, config: config.adapter is not None,
     "precision=pure_bf16": lambda method, config: config.precision == "pure_bf16",

@@ -131,13 +131,14 @@ class PreferenceMethod(PlainMethod):
         passes = split_by_tokens(costs, max_tokens=self.max_tokens)
         if self.objective.whole_batch:
             passes = [list(range(len(self.test)))]
-        shares = 1 if is_sharded(policy) else ranks.size()
-        own = passes[ranks.rank() % shares :: shares]
-        by_rank = ranks.gather([self._measured(policy, rows) for rows in own])
+
+        def measure(groups: Sequence[list[int]]) -> list[Any]:
+            return [self._measured(policy, rows) for rows in groups]
+
+        by_pass = measure(passes) if is_sharded(policy) else ranks.shared_out(measure, passes)
         sums: dict[str, float] = {}
         logps: dict[str, dict[int, float]] = {"policy": {}, "reference": {}}
-        for number, rows in enumerate(passes):  # in their order, whoever ran them
-            of_pass, sequences = by_rank[number % shares][number // shares]
+        for rows, (of_pass, sequences) in zip(passes, by_pass, strict=True):
             for name, value in of_pass.items():
                 sums[name] = sums.get(name, 0.0) + value
             for model, values in sequences.items():

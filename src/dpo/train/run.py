@@ -155,6 +155,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "manifest.json") or {}
 
 
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What a run directory is the run of (config.json), empty where it is none."""
+    found = _read_json(folder / "config.json") or {}
+    return found if "command" in found else {}
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run directory; a torn last line, left by a kill, is not one."""
     file = folder / "metrics.jsonl"
@@ -206,8 +212,8 @@ def open_run(folder: Path, identity: Mapping[str, Any]) -> Run:
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     """Write `config.json` into an empty folder, or compare with the one that is there."""
     file = folder / "config.json"
-    known = _read_json(file)
-    if known is None or "command" not in known:  # a model's folder has a config.json as well
+    known = read_identity(folder)
+    if not known:  # a model's folder has a config.json as well
         others = foreign_files(folder)
         if others:
             raise InputError(
