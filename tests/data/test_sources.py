@@ -424,7 +424,11 @@ def test_a_truncated_gzip_file_is_an_input_error(complaints):
     [
         (b'[{"prompt": "a"},\n{]', "prefs.json:2: not valid JSON: Expecting property name"),
         (b"[]\n[]", "prefs.json:1: not valid JSON: more text after the value"),
-        (b'{"a": [{}], "b": [{}]}', "prefs.json:1: expected a list of objects, or an object with"),
+        (
+            b'{"a": [{}], "b": [{}]}',
+            "prefs.json:1: expected a list of objects, or an object with one such list; found an "
+            "object with a, b; make a file of each.",
+        ),
         (b"[" * 100_000, "prefs.json:1: not valid JSON: nested too deeply"),
         (b'"\n\xff"', "prefs.json:2: not UTF-8 (byte 0xff"),
     ],

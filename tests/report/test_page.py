@@ -720,7 +720,7 @@ def test_a_comparison_never_takes_the_place_of_a_runs_page(tmp_path):
     assert (other / "index.html").read_bytes() == before
     (tmp_path / "file").touch()
     said = dpo("compare", dpo_run(), other, "--out", tmp_path / "file")
-    assert (said.code, "a file of that name is in the way" in said.err) == (5, True), said.err
+    assert (said.code, "a part of the path is a file" in said.err) == (5, True), said.err
 
 
 def test_runs_side_by_side_show_what_differs_and_only_that(tmp_path):

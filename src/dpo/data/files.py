@@ -345,7 +345,8 @@ def _read_json(name: str, stream: Stream) -> Iterator[Entry | None]:
     if list_start is None:
         yield Problem(
             f"{name}:1",
-            f"expected a list of objects, or an object with one such list; found {kind_of(value)}.",
+            "expected a list of objects, or an object with one such list; found "
+            f"{_kind_with_lists(value)}.",
         )
         return
     yield from _list_entries(name, text, list_start)
@@ -357,8 +358,7 @@ def _list_of_objects(text: str, start: int, value: object) -> int | None:
         return start
     if not isinstance(value, dict):
         return None
-    members = cast("dict[str, object]", value)
-    candidates = [key for key, member in members.items() if _is_list_of_objects(member)]
+    candidates = _lists_of_objects(value)
     if len(candidates) != 1:
         return None
     json_reader = _StrictJson()
@@ -374,6 +374,17 @@ def _list_of_objects(text: str, start: int, value: object) -> int | None:
         if text[at] == ",":
             at = _skip_space(text, at + 1)
     return found
+
+
+def _lists_of_objects(value: dict[str, object]) -> list[str]:
+    return [key for key, member in value.items() if _is_list_of_objects(member)]
+
+
+def _kind_with_lists(value: object) -> str:
+    """What a value is; of an object with several lists, such as splits, what to do with them."""
+    lists = _lists_of_objects(value) if isinstance(value, dict) else []
+    several = f" with {', '.join(map(printable, lists))}; make a file of each"
+    return kind_of(value) + (several if len(lists) > 1 else "")
 
 
 def _is_list_of_objects(value: object) -> bool:
