@@ -329,6 +329,13 @@ def test_responses_that_begin_with_their_prompt_are_said(tmp_path):
     assert re.search(r"(\d+) of \1 responses begin with their prompt, so the model reads", said.err)
 
 
+def test_a_reference_that_will_not_move_is_said(tmp_path):
+    changes = {"max_steps": 1, "moving_reference": {"every": 3}, "evaluation.num_samples": 0}
+    said = dpo("train", *words_of(dpo_config(tmp_path / "out", changes)))
+    assert said.code == 0, said.err
+    assert "moving_reference.every: 3 steps are more than the run's 1" in said.err
+
+
 def test_truncation_is_counted_and_said(tmp_path):
     quick = {"max_steps": 1, "data.max_length": 16, "evaluation.num_samples": 0}
     said = dpo("sft", *words_of(sft_config(tmp_path / "out", quick)))

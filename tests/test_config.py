@@ -177,6 +177,20 @@ def test_training_options_have_no_effect_in_an_evaluation(key):
     assert message == f"data.{key} has no effect in an evaluation"
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("evaluation.num_samples=0", "evaluation.sample_temperature=0.3"), "num_samples"),
+        (("evaluation.kl_prompts=0", "evaluation.kl_samples=4"), "kl_prompts"),
+    ],
+)
+def test_settings_of_samples_that_are_not_drawn_have_no_effect(words, what):
+    start = ("model=runs/sft", "out=x")
+    message = problem(*words, schema=PreferenceConfig, start=start)
+    assert f"has no effect when {what} is 0" in message
+    assert read_config(PreferenceConfig, None, [*start, words[0]])
+
+
 def test_sft_takes_no_options_of_dpo():
     assert problem("loss.beta=0.1", schema=SFTConfig).startswith("loss: unknown key")
 

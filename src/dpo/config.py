@@ -208,6 +208,12 @@ class EvaluationDuringTraining(Section):
     sample_temperature: NonNegative = Field(0.7, description="Of those generations.")
     max_new_tokens: Count = Field(128, description="Longest generation, in tokens.")
 
+    @model_validator(mode="after")
+    def _generations_at_a_temperature(self) -> EvaluationDuringTraining:
+        if self.num_samples == 0 and self.sample_temperature != 0.7:
+            raise ValueError("sample_temperature has no effect when num_samples is 0")
+        return self
+
 
 class RewardSourceConfig(Section):
     """What scores responses: a model or a function."""
@@ -260,6 +266,8 @@ class PreferenceEvaluation(EvaluationDuringTraining):
     def _samples_to_reward(self) -> PreferenceEvaluation:
         if self.reward is not None and self.kl_prompts == 0:
             raise ValueError("reward has no effect when kl_prompts is 0")
+        if self.kl_samples != 1 and self.kl_prompts == 0:
+            raise ValueError("kl_samples has no effect when kl_prompts is 0")
         return self
 
 

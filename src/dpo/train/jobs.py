@@ -113,6 +113,7 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
             return run.folder
         method = _preference_method(config, objective, data, policy, reference, encoder, reward)
         _warn_of_whole_batches(method, config)
+        _warn_of_a_still_reference(method, config)
         method.keep_held_out = HeldOutFile(run).write
         if run.writes:
             save_train_prompts(run.folder, prompts_seen(config, data))
@@ -198,6 +199,17 @@ def _warn_of_whole_batches(method: PreferenceMethod, config: PreferenceConfig) -
             config.loss.name,
             most,
             config.batch.max_tokens,
+        )
+
+
+def _warn_of_a_still_reference(method: PreferenceMethod, config: PreferenceConfig) -> None:
+    """A reference that was asked to move and never will."""
+    moving, steps = config.moving_reference, method.num_steps(config)
+    if moving is not None and moving.every > steps:
+        log.warning(
+            "moving_reference.every: %d steps are more than the run's %d, so the reference stays.",
+            moving.every,
+            steps,
         )
 
 
