@@ -13,9 +13,11 @@ from dpo.config import DistributedConfig, RewardConfig
 from dpo.config_files import validate
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import InputError, RankLost, Stopped
+from dpo.models import parts
 from dpo.models.load import find_model, load_model
 from dpo.models.scoring import response_logps
 from dpo.train import ranks, reference, sharding
+from dpo.train.in_parts import InParts, in_parts
 from dpo.train.reward import train_reward
 from dpo.train.run import Run, read_manifest
 from dpo.train.schedule import adamw
@@ -42,6 +44,7 @@ COMMON = {
 }
 MAKE = {"sft": sft_config, "dpo": dpo_config}
 FSDP = {"kind": "fsdp"}
+SHORT = {"max_steps": 4, "save_every": 2}
 
 
 def config_of(method, kind, folder, changes=None):
@@ -224,7 +227,8 @@ def test_a_short_batch_leaves_a_rank_without_rows(tmp_path):
         check_equal(tmp_path / kind, tmp_path / "one")
 
 
-def test_a_reward_model_trains_as_in_one_process(tmp_path):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_reward_model_trains_as_in_one_process(kind, tmp_path):
     sft_run()
 
     def reward_config(folder, kind):
@@ -237,9 +241,8 @@ def test_a_reward_model_trains_as_in_one_process(tmp_path):
         with ranks.joined(config.distributed):
             train_reward(config)
 
-    assert on_ranks(2, lambda rank: train_alone_or_together(tmp_path / "two")) == [0, 0]
+    assert on_ranks(2, lambda rank: train_alone_or_together(tmp_path / "two", kind)) == [0, 0]
     train_alone_or_together(tmp_path / "one")
-    assert on_ranks(2, lambda rank: train_alone_or_together(tmp_path / "x", "fsdp")) == [2, 2]
     check_equal(tmp_path / "two", tmp_path / "one")
 
 
@@ -282,18 +285,17 @@ def newest_checkpoint(folder):
 
 def restored(rank, folder, file, *, in_parts):
     """Read a checkpoint into a fresh model and write what was read, in one piece."""
-    model = load_model(find_model(str(folder)))
+    source = find_model(str(folder))
     settings = validate(DistributedConfig, FSDP if in_parts else {})
     with ranks.joined(settings):
-        if in_parts:
-            sharding.shard(model)
+        model = InParts().load(source) if in_parts else load_model(source)
         optimizer = adamw(model, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
         sharding.read_shards(newest_checkpoint(folder), model, optimizer)
         found = {
-            f"{name}/{entry}": sharding.whole(value).contiguous()
+            f"{name}/{entry}": parts.whole(value).contiguous()
             for name, parameter in model.named_parameters()
             for entry, value in ({"": parameter.detach()} | optimizer.state[parameter]).items()
         }
@@ -345,43 +347,71 @@ def test_recomputation_and_bf16_work_in_parts(tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"adapter": {"kind": "dora", "rank": 2}}, {"precision": "pure_bf16"}], ids=str
-)
-def test_adapters_and_bfloat16_weights_train_as_in_one_process(changes, tmp_path):
-    changes = changes | {"max_steps": 4}
-    for name, size in (("one", 1), ("two", 2)):  # in children: products in bfloat16 leave threads
-        config = config_of("dpo", "ddp", tmp_path / name, changes)
-        assert on_ranks(size, lambda rank, config=config: train(config)) == [0] * size
-    one, two = numbers_of(tmp_path / "one"), numbers_of(tmp_path / "two")
+VARIANTS = {
+    "dora": {"adapter": {"kind": "dora", "rank": 2}},
+    "pure_bf16": {"precision": "pure_bf16"},
+    "both": {"adapter": {"kind": "lora", "rank": 2}, "precision": "pure_bf16"},
+    "moving_reference": {"moving_reference": {"mix": 0.5, "every": 2}},
+}
+
+
+@cache
+def one_process(variant):
+    """In a child: products in bfloat16 leave threads."""
+    sft_run()
+    config = config_of("dpo", "ddp", scratch() / f"one {variant}", VARIANTS[variant] | SHORT)
+    assert on_ranks(1, lambda rank: train(config)) == [0]
+    return scratch() / f"one {variant}"
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapters_bfloat16_weights_and_moving_references_train_as_in_one_process(
+    variant, kind, tmp_path
+):
+    changes = VARIANTS[variant] | SHORT
+    one_process(variant)
+    config = config_of("dpo", kind, tmp_path / "two", changes)
+    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    one, two = numbers_of(one_process(variant)), numbers_of(tmp_path / "two")
     # Weights of eight bits round a step's update to a share of 2^-9, in another place on each CPU.
     close = {"rel": 5e-2, "abs": 1e-3} if "precision" in changes else {"rel": 1e-5, "abs": 1e-5}
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, **close)
+    exported = [
+        sorted(f.name for f in (p / "model").iterdir())
+        for p in (one_process(variant), tmp_path / "two")
+    ]
+    assert exported[0] == exported[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_in_parts_goes_on_bit_for_bit(variant, tmp_path):
+    sft_run()
+    config = config_of("dpo", "fsdp", tmp_path / "whole", VARIANTS[variant] | SHORT)
+    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    config = config_of("dpo", "fsdp", tmp_path / "stopped", VARIANTS[variant] | SHORT)
+
+    def stopped(rank):
+        signal_at(3, signal.SIGTERM)
+        train(config)
+
+    assert on_ranks(2, stopped) == [75, 75]
+    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
 def test_what_several_processes_cannot_do_is_said(tmp_path):
     with pytest.raises(InputError, match="start it with torchrun"):
         train(config_of("sft", "fsdp", tmp_path / "run"))
     sft_run()
-    whole = "it is for distributed.kind=ddp, not fsdp"
-    cases = [
-        ("fsdp", {"moving_reference": {"every": 2}}, f"moving_reference: {whole}"),
-        ("fsdp", {"adapter": {"kind": "lora"}}, f"adapter: {whole}"),
-        ("fsdp", {"precision": "pure_bf16"}, f"precision=pure_bf16: {whole}"),
-        (
-            "ddp",
-            {"optimizer": {"in_backward": True, "max_grad_norm": None}, "batch.max_tokens": 4096},
-            "optimizer.in_backward: it is for one process",
-        ),
-    ]
+    changes = {"optimizer": {"in_backward": True, "max_grad_norm": None}, "batch.max_tokens": 4096}
 
-    def refused(rank, kind, changes, sentence):
-        with pytest.raises(InputError, match=sentence):
-            train(config_of("dpo", kind, tmp_path / kind, changes))
+    def refused(rank):
+        with pytest.raises(InputError, match=r"optimizer\.in_backward: it is for one process"):
+            train(config_of("dpo", "fsdp", tmp_path / "run", changes))
 
-    for case in cases:
-        assert on_ranks(2, lambda rank, case=case: refused(rank, *case)) == [0, 0]
+    assert on_ranks(2, refused) == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["llama", "neox"])
@@ -394,16 +424,15 @@ def test_other_architectures_are_cut_run_and_put_together_again(name, tmp_path):
     norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
 
     def cut(rank):
-        model = make(name, 300)
         with ranks.joined(settings):
-            sharding.shard(model)
+            model = in_parts(lambda: make(name, 300))
             found = response_logps(model, sequences)
             (found.sum() / 2).backward()  # both ranks do: half of it each
             gradients = [parameter.grad for parameter in model.parameters()]
             torch.testing.assert_close(found, expected)
-            total = sharding.whole(torch.nn.utils.get_total_norm(gradients))
+            total = parts.whole(torch.nn.utils.get_total_norm(gradients))
             torch.testing.assert_close(total, norm, rtol=1e-5, atol=0)
-            whole = sharding.whole_copy(model)
+            whole = parts.whole_copy(model)
             if rank == 0:
                 assert type(whole) is type(plain)
                 for key, value in plain.state_dict().items():

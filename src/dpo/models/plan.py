@@ -69,6 +69,11 @@ def in_bfloat16(model: nn.Module) -> nn.Module:
     Buffers stay as they are: rotary frequencies in bfloat16 would be other positions.
     """
     scoring_plan(model)
+    return rounded(model)
+
+
+def rounded(model: nn.Module) -> nn.Module:
+    """The same of a model whose plan is another's (`share_plan`), or that has no weights yet."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model

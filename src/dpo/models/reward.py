@@ -85,7 +85,9 @@ def from_causal(model: nn.Module, *, seed: int) -> nn.Module:
     classifier.config = config  # the object that the trunk's layers look at
     weight = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    classifier.score.to_empty(device=embeddings.weight.device).to(embeddings.weight.dtype)
+    place = embeddings.weight.device  # the meta device, where the model is yet to be cut
+    place = torch.device("cpu") if place.type == "meta" else place
+    classifier.score.to_empty(device=place).to(embeddings.weight.dtype)
     with torch.no_grad():
         classifier.score.weight.copy_(weight / (width + 1) ** 0.5)
     found: nn.Module = classifier.eval()
@@ -103,13 +105,13 @@ def give_padding(model: nn.Module, tokenizer: Any, *, ends: Collection[int]) -> 
     taken = {*ends, tokenizer.bos_token_id, tokenizer.unk_token_id}
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in taken:
         tokenizer.add_special_tokens({"pad_token": PADDING})
-        grown: Any = model
-        rows = grown.get_input_embeddings().weight.shape[0]
-        if tokenizer.pad_token_id >= rows:
-            with torch.random.fork_rng(devices=[]):  # it draws rows, which are overwritten
-                grown.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
-            with torch.no_grad():
-                grown.get_input_embeddings().weight[rows:] = 0.0
+    grown: Any = model
+    rows = grown.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id >= rows:
+        with torch.random.fork_rng(devices=[]):  # it draws rows, which are overwritten
+            grown.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+        with torch.no_grad():
+            grown.get_input_embeddings().weight[rows:] = 0.0
     tokenizer.padding_side = "right"
     config: Any = model.config
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -282,6 +284,12 @@ def _reading_of(model: nn.Module) -> _Reading | None:
         with as_evaluated(model):
             _readings[model] = _find_reading(model)
     return _readings[model]
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether a classifier runs packed rows; the first call tries it out."""
+    reading = _reading_of(model)
+    return reading is not None and reading.packed
 
 
 def _find_reading(model: Any) -> _Reading | None:

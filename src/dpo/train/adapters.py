@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dpo.config import AdapterConfig, ModelConfig, RunConfig
+from dpo.config import AdapterConfig, ModelConfig, RunConfig, TrainingConfig
 from dpo.models.adapters import AdapterSettings, PolicyAtStart
 from dpo.models.load import find_model, holds_adapter
 from dpo.train.session import Policy, open_policy, open_reference
@@ -28,6 +28,7 @@ def open_trained(config: RunConfig, texts: Sequence[str], trust_remote_code: boo
         trust_remote_code,
         adapter=adapter,
         pure_bf16=config.precision == "pure_bf16",
+        sharded=is_shared_out(config),
     )
 
 
@@ -39,13 +40,22 @@ def open_reference_of(
     With an adapter the latter is the policy's own model (`PolicyAtStart`), else one read apart.
     """
     if named is not None or config.adapter is None:
-        pure_bf16 = config.precision == "pure_bf16"
         return open_reference(
-            named, config.model, config.seed, trust_remote_code, pure_bf16=pure_bf16
+            named,
+            config.model,
+            config.seed,
+            trust_remote_code,
+            pure_bf16=config.precision == "pure_bf16",
+            sharded=is_shared_out(config),
         )
     assert config.model.path is not None
     continued = holds_adapter(find_model(config.model.path, revision=config.model.revision))
     return replace(policy, model=PolicyAtStart(policy.model, continued=continued))
+
+
+def is_shared_out(config: RunConfig) -> bool:
+    """Whether every process of the run holds a part of its models."""
+    return isinstance(config, TrainingConfig) and config.distributed.kind == "fsdp"
 
 
 def settings_of(config: AdapterConfig) -> AdapterSettings:

@@ -19,13 +19,14 @@ from dpo.data.order import split_among, split_by_tokens
 from dpo.errors import InputError
 from dpo.loss_config import LossConfig
 from dpo.models.distributions import OF_BOTH, OF_POLICY, OF_REFERENCE, along_responses
+from dpo.models.parts import is_sharded, local, settle
 from dpo.models.scoring import MAX_LOGIT_BYTES, response_logps
 from dpo.train import ranks
 from dpo.train.encoded import KINDS, EncodedJudgement, Kind, num_tokens
 from dpo.train.held_out import HeldOutPair, held_out_pairs, sequence_logps
 from dpo.train.loop import BatchResult, PlainMethod
 from dpo.train.objective import Objective, make_objective, reward_scale
-from dpo.train.sharding import is_sharded, tokens_at_once
+from dpo.train.sharding import tokens_at_once
 
 ALONG = OF_POLICY | OF_REFERENCE | OF_BOTH
 MISMATCHED = ("policy_mismatched_logps", "reference_mismatched_logps")
@@ -125,15 +126,19 @@ class PreferenceMethod(PlainMethod):
     def evaluate(self, policy: nn.Module) -> dict[str, float]:
         """Held-out loss, rewards and accuracy, and what the policy's own samples show.
 
-        Ranks share the passes, unless the policy is sharded: then each does all, and keeps step.
+        Ranks share the passes; where the policy is sharded, one without a pass runs another's, to
+        keep step.
         """
         costs = [num_tokens(row) for row in self.test]
         passes = split_by_tokens(costs, max_tokens=self.max_tokens)
         if self.objective.whole_batch:
             passes = [list(range(len(self.test)))]
-        shares = 1 if is_sharded(policy) else ranks.size()
-        own = passes[ranks.rank() % shares :: shares]
-        by_rank = ranks.gather([self._measured(policy, rows) for rows in own])
+        shares = ranks.size()
+        own = passes[ranks.rank() :: shares]
+        measured = [self._measured(policy, rows) for rows in own]
+        if is_sharded(policy) and len(own) < -(-len(passes) // shares):
+            self._measured(policy, passes[-1])
+        by_rank = ranks.gather(measured)
         sums: dict[str, float] = {}
         logps: dict[str, dict[int, float]] = {"policy": {}, "reference": {}}
         for number, rows in enumerate(passes):  # in their order, whoever ran them
@@ -259,8 +264,10 @@ def move_reference(reference: nn.Module, policy: nn.Module, *, mix: float) -> No
 
     TR-DPO, Gorbatovski et al. 2024 (arXiv:2404.09656); `mix = 1` copies the policy.
     """
+    for model in (reference, policy):
+        settle(model)
     for own, other in zip(reference.parameters(), policy.parameters(), strict=True):
-        own.lerp_(other, mix)
+        local(own).lerp_(local(other), mix)
 
 
 def without_side(name: str) -> str:

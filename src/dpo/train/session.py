@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ from dpo.data.rows import DemonstrationRow, PreferenceRow, RankedRow, Row, Unpai
 from dpo.data.split import Digests, prompt_digests
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
-from dpo.models.adapters import AdapterSettings, model_below, open_model
+from dpo.models.adapters import (
+    WHOLE,
+    AdapterSettings,
+    Holder,
+    model_below,
+    open_model,
+    typed,
+)
 from dpo.models.export import model_card, save_pretrained
 from dpo.models.fresh import fresh_gpt2, train_tokenizer
 from dpo.models.generate import generate
@@ -39,8 +47,8 @@ from dpo.models.load import (
     tokenizer_digest,
     weights_digest,
 )
-from dpo.models.plan import in_bfloat16
 from dpo.train import ranks
+from dpo.train.in_parts import InParts, in_parts
 from dpo.train.prepare import (
     SplitData,
     choose_template,
@@ -79,6 +87,7 @@ def open_policy(
     key: str = "model",
     adapter: AdapterSettings | None = None,
     pure_bf16: bool = False,
+    sharded: bool = False,
 ) -> Policy:
     """Load a model, or make a fresh one with a tokenizer learnt from the texts.
 
@@ -86,25 +95,28 @@ def open_policy(
         key: what the user calls it, for messages.
         adapter: of a model that is loaded; without one, an adapter that is found is merged.
         pure_bf16: its weights are bfloat16.
+        sharded: every rank holds a part of it.
 
     Raises:
         InputError: there is no such model, or the tokenizer does not fit it.
     """
+    held: Holder = InParts() if sharded else WHOLE
     if config.fresh is not None:
         shape = config.fresh.model_dump(exclude={"vocab_size"})
         tokenizer = train_tokenizer(texts, vocab_size=config.fresh.vocab_size)
-        model = fresh_gpt2(**shape, tokenizer=tokenizer, seed=seed)
-        model = in_bfloat16(model) if pure_bf16 else model
-        return Policy(model.to(pick_device()), tokenizer, None, "fresh GPT-2")
+        make = partial(fresh_gpt2, **shape, tokenizer=tokenizer, seed=seed)
+        fresh = in_parts(make) if sharded else make().to(pick_device())
+        return Policy(typed(fresh, pure_bf16, held), tokenizer, None, "fresh GPT-2")
     assert config.path is not None
     source = find_model(
         config.path, revision=config.revision, trust_remote_code=trust_remote_code, key=key
     )
     tokenizer = tokenizer_for(config, source)
-    model = open_model(source, adapter=adapter, seed=seed, pure_bf16=pure_bf16)
+    model = open_model(source, adapter=adapter, seed=seed, pure_bf16=pure_bf16, held=held)
     check_fit(model, tokenizer, name=config.path)
     template = load_template(Path(source.path)) if source.local else None
-    if not getattr(model, "is_quantized", False):  # that one is where it was made
+    made_there = sharded or getattr(model, "is_quantized", False)
+    if not made_there:
         model = model.to(pick_device())
     return Policy(model, tokenizer, template, config.path)
 
@@ -128,6 +140,7 @@ def open_reference(
     trust_remote_code: bool,
     *,
     pure_bf16: bool = False,
+    sharded: bool = False,
 ) -> Policy:
     """The model named as the reference, or else the one that the policy starts from, read apart
     from it: training cannot touch it.
@@ -136,7 +149,9 @@ def open_reference(
         InputError: as `open_policy`, under the key that the user gave.
     """
     opened, key = (policy, "model") if named is None else (named, "reference")
-    return open_policy(opened, [], seed, trust_remote_code, key=key, pure_bf16=pure_bf16)
+    return open_policy(
+        opened, [], seed, trust_remote_code, key=key, pure_bf16=pure_bf16, sharded=sharded
+    )
 
 
 def make_run_encoder(config: RunConfig, policy: Policy, data: SplitData[Any]) -> Encoder:
