@@ -17,7 +17,7 @@ from dpo.models import parts
 from dpo.models.load import find_model, load_model
 from dpo.models.scoring import response_logps
 from dpo.train import ranks, reference, sharding
-from dpo.train.in_parts import InParts, in_parts
+from dpo.train.in_parts import InParts
 from dpo.train.reward import train_reward
 from dpo.train.run import Run, read_manifest
 from dpo.train.schedule import adamw
@@ -401,10 +401,29 @@ def test_what_is_in_parts_goes_on_bit_for_bit(variant, tmp_path):
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
+def test_offloaded_parts_train_alike(tmp_path, monkeypatch):
+    """All of it but a GPU: on a CPU, what is moved to main memory is there already."""
+    monkeypatch.setattr(InParts, "_check", lambda held: None)  # it refuses a CPU
+    sft_run()
+    for name, offload in (("here", False), ("offloaded", True)):
+        changes = SHORT | {"distributed.cpu_offload": offload}
+        config = config_of("dpo", "fsdp", tmp_path / name, changes)
+        assert on_ranks(2, lambda rank, config=config: train(config)) == [0, 0]
+    assert outcome(tmp_path / "offloaded") == outcome(tmp_path / "here")
+
+
 def test_what_several_processes_cannot_do_is_said(tmp_path):
     with pytest.raises(InputError, match="start it with torchrun"):
         train(config_of("sft", "fsdp", tmp_path / "run"))
+    with pytest.raises(ValueError, match="cpu_offload: only a model in parts is offloaded"):
+        config_of("sft", "ddp", tmp_path / "run", {"distributed.cpu_offload": True})
     sft_run()
+
+    def offloaded(rank):
+        with pytest.raises(InputError, match="there is no GPU here"):
+            train(config_of("sft", "fsdp", tmp_path / "run", {"distributed.cpu_offload": True}))
+
+    assert on_ranks(2, offloaded) == [0, 0]
     changes = {"optimizer": {"in_backward": True, "max_grad_norm": None}, "batch.max_tokens": 4096}
 
     def refused(rank):
@@ -425,7 +444,7 @@ def test_other_architectures_are_cut_run_and_put_together_again(name, tmp_path):
 
     def cut(rank):
         with ranks.joined(settings):
-            model = in_parts(lambda: make(name, 300))
+            model = InParts().make(lambda: make(name, 300))
             found = response_logps(model, sequences)
             (found.sum() / 2).backward()  # both ranks do: half of it each
             gradients = [parameter.grad for parameter in model.parameters()]

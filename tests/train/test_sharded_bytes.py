@@ -13,7 +13,7 @@ from dpo.models import parts
 from dpo.models.counts import transformer_layers
 from dpo.models.scoring import response_logps
 from dpo.train import ranks
-from dpo.train.in_parts import in_parts
+from dpo.train.in_parts import InParts
 from dpo.train.schedule import adamw
 from tiny_models import make
 from train.several_ranks import on_ranks
@@ -45,7 +45,7 @@ class Watched(TorchDispatchMode):
 
 def measure(rank, name, folder):
     with ranks.joined(DistributedConfig(kind="fsdp")):
-        policy = in_parts(lambda: make(name, VOCAB))
+        policy = InParts().make(lambda: make(name, VOCAB))
         optimizer = adamw(policy, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0)
         with Watched() as sent:
             (-response_logps(policy, SEQUENCES).sum()).backward()

@@ -90,6 +90,10 @@ class Holder(Protocol):
         """
         ...
 
+    def make(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """The model that a function makes."""
+        ...
+
     def change(self, model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
         """The model after a change that may be made in place. It is scored as it was."""
         ...
@@ -102,6 +106,9 @@ class Whole:
         if holds_adapter(source):
             return merge(_with_saved_adapter(source, self))
         return load_model(source, quantize=quantize)
+
+    def make(self, make: Callable[[], nn.Module]) -> nn.Module:
+        return make()
 
     def change(self, model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
         return change(model)

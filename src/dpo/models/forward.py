@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dpo.core.logps import at_least_float32
 from dpo.data.pack import Batch
 from dpo.models.attention import packed_attention_of
+from dpo.models.parts import device_of
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -61,7 +62,7 @@ def float32_weights(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 def _run(model: nn.Module, batch: Batch, precision: str) -> Any:
     """What the model gives: logits with a head, hidden states without."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(batch.ids).to(device)}
     attention: AbstractContextManager[None] = nullcontext()
     if batch.trees is not None:

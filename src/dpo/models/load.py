@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dpo.data.files import existing
 from dpo.errors import InputError, did_you_mean_path, reason_of
-from dpo.models.parts import tensors_of, whole, without_weights
+from dpo.models.parts import device_of, tensors_of, whole, without_weights
 
 log = logging.getLogger("dpo")
 
@@ -319,7 +319,7 @@ def _check_complete(report: Mapping[str, Any], source: ModelSource) -> None:
 def _looks_ahead(model: nn.Module) -> bool:
     """Whether a token changes the prediction made before it."""
     last = int(model.get_input_embeddings().weight.shape[0]) - 1  # type: ignore[operator]
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.tensor([[0, 0], [0, last]], device=device)
     with torch.no_grad():
         first, second = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,12 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -35,8 +41,17 @@ rest is 0. The second argument has the type and the shape of the whole tensor. A
 same tensors in the same order.
 """
 
-_makers: WeakKeyDictionary[nn.Module, Make] = WeakKeyDictionary()
-"""How the models that are cut were made."""
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How a model was made and cut."""
+
+    make: Make
+    device: torch.device
+    offload: bool
+
+
+_cuts: WeakKeyDictionary[nn.Module, _Cut] = WeakKeyDictionary()
 
 
 # -- looking -------------------------------------------------------------------------------------
@@ -79,6 +94,14 @@ def rows_of(tensor: Tensor) -> slice:
         return slice(0, held)
     start = min(tensor.shape[0], dist.get_rank() * -(-tensor.shape[0] // dist.get_world_size()))
     return slice(start, start + held)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes; parts that are offloaded are not there."""
+    parameter = next(model.parameters())
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.device_type == "cpu":
+        return parameter.device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -143,23 +166,25 @@ def _replace(
 # -- cutting -------------------------------------------------------------------------------------
 
 
-def cut(model: nn.Module, make: Make, device: torch.device) -> nn.Module:
+def cut(model: nn.Module, make: Make, device: torch.device, *, offload: bool = False) -> nn.Module:
     """Leave each rank its rows of every parameter, in place. What was on the meta device has memory
     then, and holds nothing yet.
 
     Args:
         make: makes the model again, for a copy in one piece.
+        offload: parts, their gradients and so the optimizer's state are in main memory.
     """
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in (*blocks, *_roots(model)):
         inside = {p for p in module.parameters() if p.is_meta}
         _replace(model, lambda p, own=inside: _room(p, device) if p in own else None)  # type: ignore[misc]
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, offload_policy=policy)
     for part in parts_of(model):  # the loop divides by the batch's own weight: gradients are summed
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
-    _makers[model] = make
+    _cuts[model] = _Cut(make, device, offload)
     return model
 
 
@@ -239,19 +264,14 @@ def recut(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Modu
     on, another type of its weights, another head. The new model is in parts as well; the old one is
     as it was.
     """
-    make, device = _makers[model], device_of(model)
+    before = _cuts[model]
 
     def changed() -> nn.Module:
-        return change(make())
+        return change(before.make())
 
-    new = cut(changed(), changed, device)
+    new = cut(changed(), changed, before.device, offload=before.offload)
     fill(new, from_parts(model))
     return new
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes."""
-    return next(model.parameters()).device
 
 
 @torch.no_grad()
@@ -261,7 +281,7 @@ def whole_copy(model: nn.Module) -> nn.Module | None:
     targets: dict[str, Tensor] = {}
     copy: nn.Module | None = None
     if dist.get_rank() == 0:
-        copy = _makers[model]()
+        copy = _cuts[model].make()
         _replace(copy, lambda p: _room(p, torch.device("cpu")) if p.is_meta else None)
         targets = dict(copy.named_parameters()) | dict(copy.named_buffers())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -43,6 +43,7 @@ from dpo.models.load import (
     load_tokenizer,
     pick_device,
 )
+from dpo.models.parts import device_of
 from dpo.models.plan import TOLERANCE, as_evaluated, trial_sequences, why_not_packed
 from dpo.models.scoring import MAX_TOKENS
 
@@ -348,7 +349,7 @@ def _own_logits(model: nn.Module, sequences: Sequence[TokenSequence], precision:
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.full(mask.shape, _padding_of(model) or 0)
     ids[mask] = torch.tensor([i for s in sequences for i in s.ids])
-    device = next(model.parameters()).device
+    device = device_of(model)
     with precision_context(precision, device):
         output = model(input_ids=ids.to(device), attention_mask=mask.long().to(device))
     return at_least_float32(output.logits)

@@ -5,6 +5,7 @@ and the first one only where the files cannot be read row by row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch.distributed as dist
@@ -37,8 +38,12 @@ from dpo.models.plan import scoring_plan, share_plan
 from dpo.train import ranks
 
 
+@dataclass(frozen=True, slots=True)
 class InParts:
     """Each rank holds its rows of every parameter. All ranks call these together."""
+
+    offload: bool = False
+    """The parts are in main memory, not on the GPU."""
 
     def load(self, source: ModelSource, *, quantize: str | None = None) -> nn.Module:
         """A model of a folder or a hub id.
@@ -47,7 +52,7 @@ class InParts:
             InputError: as `load_model`; weights that are quantised, or a model that cannot be run
                 the same number of times everywhere.
         """
-        check_launched()
+        self._check()
         if quantize is not None:
             raise InputError("adapter.quantize: it is for distributed.kind=ddp, not fsdp.")
         with ranks.together():
@@ -55,7 +60,8 @@ class InParts:
             blueprint = load_blueprint(below)
             files = None if holds_adapter(source) else own_files(source, blueprint)
         all_read = ranks.of_first(files is not None)
-        model = cut(blueprint, partial(load_blueprint, below), pick_device())
+        make = partial(load_blueprint, below)
+        model = cut(blueprint, make, pick_device(), offload=self.offload)
         if all_read:
             with ranks.together():
                 _read_rows(model, files, source)
@@ -72,32 +78,38 @@ class InParts:
         share_plan(changed, model)
         return changed
 
+    def make(self, make: Make) -> nn.Module:
+        """The parts of a model that every rank makes whole, because it is small: a fresh one.
 
-def in_parts(make: Make) -> nn.Module:
-    """The parts of a model that every rank makes whole, because it is small: a fresh one.
+        Raises:
+            InputError: as `load`.
+        """
+        self._check()
 
-    Raises:
-        InputError: there is no launcher.
-    """
-    check_launched()
-    whole = make()
-    model = cut(emptied(make()), lambda: emptied(make()), pick_device())
-    fill(model, from_first(whole if ranks.is_first() else None))
-    _check_packed(model)
-    return model
+        def made() -> nn.Module:
+            return emptied(make())
 
+        model = cut(made(), made, pick_device(), offload=self.offload)
+        fill(model, from_first(make() if ranks.is_first() else None))
+        _check_packed(model)
+        return model
 
-def check_launched() -> None:
-    """Refuse to share a model out where nobody is there to share it.
+    def _check(self) -> None:
+        """Refuse to share a model out where nobody, or nothing, is there to share it.
 
-    Raises:
-        InputError: there is no launcher.
-    """
-    if not dist.is_initialized():
-        raise InputError(
-            "distributed.kind: fsdp shares the model out among the processes of a launcher; start "
-            "it with torchrun --nproc-per-node N -m dpo.cli ..."
-        )
+        Raises:
+            InputError: there is no launcher, or no GPU to spare.
+        """
+        if not dist.is_initialized():
+            raise InputError(
+                "distributed.kind: fsdp shares the model out among the processes of a launcher; "
+                "start it with torchrun --nproc-per-node N -m dpo.cli ..."
+            )
+        if self.offload and pick_device().type == "cpu":
+            raise InputError(
+                "distributed.cpu_offload: there is no GPU here, and the parts are in main memory "
+                "as it is; leave it out."
+            )
 
 
 def _check_packed(model: nn.Module) -> None:

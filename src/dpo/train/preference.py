@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -268,6 +268,12 @@ def move_reference(reference: nn.Module, policy: nn.Module, *, mix: float) -> No
         settle(model)
     for own, other in zip(reference.parameters(), policy.parameters(), strict=True):
         local(own).lerp_(local(other), mix)
+
+
+def asks_reference(wanted: Collection[str]) -> bool:
+    """Whether a loss wants more of a frozen reference than the log-probabilities of its rows."""
+    names = {without_side(name) for name in wanted}
+    return bool(names & (OF_REFERENCE | OF_BOTH | {"kl"}))
 
 
 def without_side(name: str) -> str:

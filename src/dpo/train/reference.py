@@ -20,7 +20,7 @@ from dpo.data.split import digest64
 from dpo.data.store import cache_folder as cache_folder  # "as": for others to import from here
 from dpo.data.tokenize import TokenSequence
 from dpo.models.load import weights_digest
-from dpo.models.parts import is_sharded
+from dpo.models.parts import device_of, is_sharded
 from dpo.models.scoring import response_logps, score_groups
 from dpo.train import ranks
 
@@ -46,7 +46,7 @@ def cache_key(
     """
     digest = hashlib.sha256()
     config = reference.config.to_json_string()  # type: ignore[operator, union-attr]
-    device = next(reference.parameters()).device.type
+    device = device_of(reference).type
     header = f"{SCORING_VERSION} {weights_digest(reference)} {precision} {max_tokens} {device}"
     digest.update(f"{header} {torch.__version__} {config}".encode())
     for sequence in sequences:

@@ -47,8 +47,8 @@ from dpo.models.load import (
     tokenizer_digest,
     weights_digest,
 )
+from dpo.models.parts import is_sharded
 from dpo.train import ranks
-from dpo.train.in_parts import InParts, in_parts
 from dpo.train.prepare import (
     SplitData,
     choose_template,
@@ -87,7 +87,7 @@ def open_policy(
     key: str = "model",
     adapter: AdapterSettings | None = None,
     pure_bf16: bool = False,
-    sharded: bool = False,
+    held: Holder = WHOLE,
 ) -> Policy:
     """Load a model, or make a fresh one with a tokenizer learnt from the texts.
 
@@ -95,18 +95,17 @@ def open_policy(
         key: what the user calls it, for messages.
         adapter: of a model that is loaded; without one, an adapter that is found is merged.
         pure_bf16: its weights are bfloat16.
-        sharded: every rank holds a part of it.
+        held: whole, or a part of it on every rank.
 
     Raises:
         InputError: there is no such model, or the tokenizer does not fit it.
     """
-    held: Holder = InParts() if sharded else WHOLE
     if config.fresh is not None:
         shape = config.fresh.model_dump(exclude={"vocab_size"})
         tokenizer = train_tokenizer(texts, vocab_size=config.fresh.vocab_size)
         make = partial(fresh_gpt2, **shape, tokenizer=tokenizer, seed=seed)
-        fresh = in_parts(make) if sharded else make().to(pick_device())
-        return Policy(typed(fresh, pure_bf16, held), tokenizer, None, "fresh GPT-2")
+        model = typed(held.make(make), pure_bf16, held)
+        return Policy(_on_device(model), tokenizer, None, "fresh GPT-2")
     assert config.path is not None
     source = find_model(
         config.path, revision=config.revision, trust_remote_code=trust_remote_code, key=key
@@ -115,10 +114,14 @@ def open_policy(
     model = open_model(source, adapter=adapter, seed=seed, pure_bf16=pure_bf16, held=held)
     check_fit(model, tokenizer, name=config.path)
     template = load_template(Path(source.path)) if source.local else None
-    made_there = sharded or getattr(model, "is_quantized", False)
-    if not made_there:
-        model = model.to(pick_device())
-    return Policy(model, tokenizer, template, config.path)
+    return Policy(_on_device(model), tokenizer, template, config.path)
+
+
+def _on_device(model: nn.Module) -> nn.Module:
+    """The model where it computes; one in parts or quantised is where it was made."""
+    if is_sharded(model) or getattr(model, "is_quantized", False):
+        return model
+    return model.to(pick_device())
 
 
 def tokenizer_for(config: ModelConfig, source: ModelSource) -> Any:
@@ -140,7 +143,7 @@ def open_reference(
     trust_remote_code: bool,
     *,
     pure_bf16: bool = False,
-    sharded: bool = False,
+    held: Holder = WHOLE,
 ) -> Policy:
     """The model named as the reference, or else the one that the policy starts from, read apart
     from it: training cannot touch it.
@@ -149,9 +152,7 @@ def open_reference(
         InputError: as `open_policy`, under the key that the user gave.
     """
     opened, key = (policy, "model") if named is None else (named, "reference")
-    return open_policy(
-        opened, [], seed, trust_remote_code, key=key, pure_bf16=pure_bf16, sharded=sharded
-    )
+    return open_policy(opened, [], seed, trust_remote_code, key=key, pure_bf16=pure_bf16, held=held)
 
 
 def make_run_encoder(config: RunConfig, policy: Policy, data: SplitData[Any]) -> Encoder:
