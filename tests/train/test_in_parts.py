@@ -1,15 +1,17 @@
 """A model in parts is what the ordinary loader gives, to the bit, and nobody holds it whole."""
 
 import json
+import os
 from itertools import accumulate
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dpo.config import DistributedConfig
+from dpo.errors import InputError
 from dpo.models import parts
 from dpo.models.adapters import AdapterSettings, add_adapter, open_model, save_adapter
 from dpo.models.load import find_model, load_blueprint, load_model, own_files, weights_digest
@@ -150,6 +152,51 @@ def big_model(folder):
     model = LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
     return folder, 4 * sum(p.numel() for p in model.parameters())
+
+
+def lacking(tensors):
+    del tensors["transformer.h.0.mlp.c_fc.weight"]
+
+
+def misshapen(tensors):
+    tensors["transformer.ln_f.bias"] = torch.zeros(5)
+
+
+def damage(change, folder):
+    tensors = load_file(saved("gpt2", folder) / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+DAMAGES = {
+    "a tensor is missing": lambda folder: damage(lacking, folder),
+    "a tensor has another shape": lambda folder: damage(misshapen, folder),
+    "the file is cut": lambda folder: os.truncate(saved("gpt2", folder) / "model.safetensors", 999),
+    "it looks ahead": lambda folder: BertLMHeadModel(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+        )
+    ).save_pretrained(folder),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_the_ordinary_loader_refuses_all_ranks_refuse_with_the_same_words(name, tmp_path):
+    DAMAGES[name](tmp_path / "model")
+    source = find_model(str(tmp_path / "model"))
+    with pytest.raises(InputError) as expected:
+        load_model(source)
+
+    def opened(rank):
+        with ranks.joined(FSDP), pytest.raises(InputError) as found:
+            InParts().load(source)
+        assert str(found.value) == str(expected.value)
+
+    assert on_ranks(2, opened) == [0, 0]
 
 
 def most_held(work, largest):

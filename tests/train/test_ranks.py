@@ -14,6 +14,7 @@ from dpo.config_files import validate
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import InputError, RankLost, Stopped
 from dpo.models import parts
+from dpo.models.adapters import WHOLE
 from dpo.models.load import find_model, load_model
 from dpo.models.scoring import response_logps
 from dpo.train import ranks, reference, sharding
@@ -246,13 +247,14 @@ def test_a_reward_model_trains_as_in_one_process(kind, tmp_path):
     check_equal(tmp_path / "two", tmp_path / "one")
 
 
-def test_reference_log_probabilities_are_shared_out_and_are_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_reference_log_probabilities_are_shared_out_and_are_the_same_bits(
+    kind, tmp_path, monkeypatch
+):
     monkeypatch.setattr(reference, "CHUNK", 3)
-    model = make("gpt2", 300)
     sequences = [TokenSequence(tuple(range(2, 9 + i % 5)), 1 + i % 3) for i in range(17)]
-    config = validate(DistributedConfig, {})
 
-    def scored(rank):
+    def scored(rank, kind=kind):
         os.environ["DPO_CACHE"] = str(tmp_path / f"cache-{rank}")
         calls = []
 
@@ -261,22 +263,28 @@ def test_reference_log_probabilities_are_shared_out_and_are_the_same_bits(tmp_pa
             return response_logps(*arguments, **options)
 
         monkeypatch.setattr(reference, "response_logps", counted)
+        config = validate(DistributedConfig, {"kind": kind})
+        held = InParts() if kind == "fsdp" else WHOLE
         with ranks.joined(config):
+            model = held.make(lambda: make("gpt2", 300))
             for cached in (False, True):
                 values, known = reference.reference_logps(
-                    model, sequences, precision="fp32", max_tokens=1000
+                    model, sequences, precision="fp32", max_tokens=16
                 )
                 assert known is cached
             save_file({"values": values, "calls": torch.tensor(calls)}, tmp_path / f"{rank}")
 
-    scored(0)
+    scored(0, "ddp")
     alone = load_file(tmp_path / "0")
     (tmp_path / "cache-0").rename(tmp_path / "cache of one")
     assert on_ranks(2, scored) == [0, 0]
     both = [load_file(tmp_path / f"{rank}") for rank in range(2)]
     assert all(torch.equal(found["values"], alone["values"]) for found in both)
-    assert [found["calls"].tolist() for found in both] == [[3, 3, 3], [3, 3, 2]]
+    of_chunks = [[n for n in found["calls"].tolist() if n > 1] for found in both]
+    assert of_chunks == [[3, 3, 3], [3, 3, 2]]  # with parts, passes of one sequence keep step
     assert not (tmp_path / "cache-1").exists()  # the first one keeps them
+    kept = [[f.name for f in (tmp_path / n).rglob("*.*")] for n in ("cache of one", "cache-0")]
+    assert kept[0] == kept[1]  # by the same key
 
 
 def newest_checkpoint(folder):
@@ -337,8 +345,10 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_kind(tmp_path):
     check_equal(folder, alone("sft"))
 
 
-def test_recomputation_and_bf16_work_in_parts(tmp_path):
+@pytest.mark.parametrize("adapter", [None, {"kind": "dora", "rank": 2}], ids=str)
+def test_recomputation_and_bf16_work_in_parts(adapter, tmp_path):
     changes = {"max_steps": 3, "gradient_checkpointing": True, "precision": "bf16"}
+    changes |= {"adapter": adapter}
     for name, kind, size in (("one", "ddp", 1), ("two", "fsdp", 2)):
         config = config_of("dpo", kind, tmp_path / name, changes)
         assert on_ranks(size, lambda rank, config=config: train(config)) == [0] * size
@@ -383,6 +393,23 @@ def test_adapters_bfloat16_weights_and_moving_references_train_as_in_one_process
         for p in (one_process(variant), tmp_path / "two")
     ]
     assert exported[0] == exported[1]
+
+
+def test_an_adapter_that_is_trained_further_is_compared_with_itself(tmp_path):
+    sft_run()
+    changes = {"model": {"path": str(sft_run())}, "adapter": {"kind": "lora", "rank": 2}}
+    config = sft_config(tmp_path / "sft", COMMON | SHORT | changes)
+    assert on_ranks(1, lambda rank: train(config)) == [0]
+    changes = {"model": {"path": str(tmp_path / "sft")}, "adapter": {"kind": "lora"}} | SHORT
+    changes |= {"evaluation.every": 2}
+    for name, kind, size in (("one", "ddp", 1), ("two", "fsdp", 2)):
+        config = config_of("dpo", kind, tmp_path / name, changes)
+        assert on_ranks(size, lambda rank, config=config: train(config)) == [0] * size
+    check_equal(tmp_path / "two", tmp_path / "one")
+    kl = [row["eval/kl"] for row in metrics_of(tmp_path / "two") if "eval/kl" in row]
+    assert kl[0] == 0 < kl[-1]
+    files = [(tmp_path / n / "model" / "adapter_base.json").read_text() for n in ("one", "two")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

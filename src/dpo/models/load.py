@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dpo.data.files import existing
 from dpo.errors import InputError, did_you_mean_path, reason_of
-from dpo.models.parts import device_of, tensors_of, whole, without_weights
+from dpo.models.parts import class_name, device_of, tensors_of, whole, without_weights
 
 log = logging.getLogger("dpo")
 
@@ -253,7 +253,7 @@ def check_causal(model: nn.Module, source: ModelSource) -> None:
     """
     if _looks_ahead(model):
         raise InputError(
-            f"{source.path}: {type(model).__name__} predicts a token from those after it; "
+            f"{source.path}: {class_name(model)} predicts a token from those after it; "
             "expected a causal language model."
         )
 

@@ -104,6 +104,12 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def class_name(model: nn.Module) -> str:
+    """What the model's class is called, whole or in parts."""
+    name = type(model).__name__
+    return name.removeprefix("FSDP") if isinstance(model, FSDPModule) else name
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, tied ones once, and the buffers that a file of weights holds."""
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}

@@ -19,6 +19,7 @@ from dpo.data.pack import Batch, pack, pad
 from dpo.data.tokenize import TokenSequence
 from dpo.models.attention import UnsupportedAttention
 from dpo.models.forward import head_inputs, selected_logits
+from dpo.models.parts import class_name
 
 log = logging.getLogger("dpo")
 
@@ -84,11 +85,9 @@ def _find_plan(model: nn.Module) -> ScoringPlan:
         reason = why_not_packed(model)
         form = head_form(model)
     if reason is not None:
-        log.info(
-            "%s is run on padded rows, without prefix sharing: %s.", type(model).__name__, reason
-        )
+        log.info("%s is run on padded rows, without prefix sharing: %s.", class_name(model), reason)
     if form is None:
-        log.info("%s is scored through its own output head.", type(model).__name__)
+        log.info("%s is scored through its own output head.", class_name(model))
     return ScoringPlan(reason is None, form)
 
 

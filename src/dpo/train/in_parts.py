@@ -25,6 +25,7 @@ from dpo.models.load import (
 from dpo.models.parts import (
     Make,
     Read,
+    class_name,
     cut,
     emptied,
     fill,
@@ -117,8 +118,7 @@ def _check_packed(model: nn.Module) -> None:
     plan = scoring_plan(model)
     settle(model)
     if not plan.packed:
-        name = type(model).__name__.removeprefix("FSDP")
-        raise InputError(f"distributed.kind: {name} is run on padded rows; use ddp.")
+        raise InputError(f"distributed.kind: {class_name(model)} is run on padded rows; use ddp.")
 
 
 def _read_rows(model: nn.Module, files: dict[str, str] | None, source: ModelSource) -> None:
