@@ -17,6 +17,7 @@ from dpo.data.tokenize import Encoder
 from dpo.models.divergence import kl_of_samples, mean_over_prompts, sample_on_policy
 from dpo.models.generate import SampledResponse
 from dpo.models.load import max_positions
+from dpo.models.parts import settle
 from dpo.train.prepare import encode_prompts
 from dpo.train.reward_source import RewardFunction
 
@@ -63,6 +64,7 @@ class OnPolicyEvaluation:
                 max_tokens=self.max_tokens,
                 precision=self.precision,
             )
+            settle(self.reference)
             found |= {"eval/kl": kl.mean, "eval/kl_stderr": kl.stderr}
             found |= {"eval/entropy": kl.entropy, "eval/entropy_stderr": kl.entropy_stderr}
         if self.reward is not None:

@@ -20,7 +20,7 @@ from dpo.data.split import digest64
 from dpo.data.store import cache_folder as cache_folder  # "as": for others to import from here
 from dpo.data.tokenize import TokenSequence
 from dpo.models.load import weights_digest
-from dpo.models.parts import device_of, is_sharded
+from dpo.models.parts import device_of, is_sharded, settle
 from dpo.models.scoring import response_logps, score_groups
 from dpo.train import ranks
 
@@ -141,6 +141,7 @@ def score_all(
                 ranks.sum_in_place(found)
                 values[chunks] = found
             progress(len(chunks))
+    settle(model)
     return values
 
 
