@@ -6,6 +6,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -106,6 +107,26 @@ def test_a_model_that_is_opened_in_parts_is_the_ordinary_one_to_the_bit(name, tm
                 assert copy.get_output_embeddings().weight.data_ptr() in {
                     p.data_ptr() for p in copy.parameters()
                 }
+
+    assert on_ranks(2, opened) == [0, 0]
+
+
+def test_a_hub_model_is_read_by_rows_as_well(tmp_path, monkeypatch):
+    """From the hub's cache, as it lies on the disk after a download."""
+    commit, kept = "0123456789" * 4, tmp_path / "models--own--model"
+    saved("llama", kept / "snapshots" / commit, max_shard_size="20KB")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    source = find_model("own/model")
+    expected = load_model(source)
+    assert not source.local
+    assert own_files(source, load_blueprint(source)).keys() == parts.tensors_of(expected).keys()
+
+    def opened(rank):
+        with ranks.joined(FSDP):
+            assert weights_digest(InParts().load(source)) == weights_digest(expected)
 
     assert on_ranks(2, opened) == [0, 0]
 

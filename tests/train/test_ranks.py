@@ -228,23 +228,36 @@ def test_a_short_batch_leaves_a_rank_without_rows(tmp_path):
         check_equal(tmp_path / kind, tmp_path / "one")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_reward_model_trains_as_in_one_process(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "adapter"), [("ddp", None), ("fsdp", None), ("fsdp", {"kind": "dora", "rank": 2})]
+)
+def test_a_reward_model_trains_as_in_one_process(kind, adapter, tmp_path):
     sft_run()
 
     def reward_config(folder, kind):
         changes = COMMON | {"max_steps": 4, "model": {"path": str(sft_run())}, "out": str(folder)}
         changes |= {"evaluation": {"every": 4, "max_rows": 16}, "distributed.kind": kind}
+        changes |= {"adapter": adapter}
         return validate(RewardConfig, merged({"data": DATA, "batch": {"size": 8}}, changes))
 
-    def train_alone_or_together(folder, kind="ddp"):
+    def train_alone_or_together(folder, kind="ddp", stop=False):
+        if stop:
+            signal_at(2, signal.SIGTERM)
         config = reward_config(folder, kind)
         with ranks.joined(config.distributed):
             train_reward(config)
 
-    assert on_ranks(2, lambda rank: train_alone_or_together(tmp_path / "two", kind)) == [0, 0]
-    train_alone_or_together(tmp_path / "one")
-    check_equal(tmp_path / "two", tmp_path / "one")
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    train_alone_or_together(one)
+    assert on_ranks(2, lambda rank: train_alone_or_together(two, kind)) == [0, 0]
+    check_equal(two, one)
+    expected, found = (load_file(f / "model" / "model.safetensors") for f in (one, two))
+    assert found.keys() == expected.keys()
+    for name, weights in expected.items():
+        torch.testing.assert_close(found[name], weights, atol=1e-5, rtol=0)
+    assert on_ranks(2, lambda rank: train_alone_or_together(again, kind, stop=True)) == [75, 75]
+    assert on_ranks(2, lambda rank: train_alone_or_together(again, kind)) == [0, 0]
+    assert outcome(again) == outcome(two)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

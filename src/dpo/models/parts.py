@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,7 +36,10 @@ Make = Callable[[], nn.Module]
 """Makes a model whose parameters are on the meta device, but for those that are no one's to read.
 """
 
-Read = Callable[[str, Tensor, slice], Tensor | None]
+Rows = slice | EllipsisType
+"""Of a tensor; of one without dimensions all there is."""
+
+Read = Callable[[str, Tensor, Rows], Tensor | None]
 """Rows of a tensor, by its name; None: the model keeps what it has. Fewer rows than asked for: the
 rest is 0. The second argument has the type and the shape of the whole tensor. All ranks ask for the
 same tensors in the same order.
@@ -210,7 +214,7 @@ def _roots(model: nn.Module) -> list[nn.Module]:
 def fill(model: nn.Module, read: Read) -> None:
     """Give every rank's part its values."""
     for name, tensor in tensors_of(model).items():
-        rows = rows_of(tensor) if tensor.dim() else slice(None)
+        rows: Rows = rows_of(tensor) if tensor.dim() else ...
         found = read(name, tensor, rows)
         if found is not None:
             part = local(tensor)
@@ -224,9 +228,9 @@ def from_files(file_of: Mapping[str, str]) -> Read:
     """Reads rows of tensors out of safetensors files, and nothing else of them."""
     opened = {file: safe_open(file, framework="pt") for file in set(file_of.values())}
 
-    def read(name: str, like: Tensor, rows: slice) -> Tensor:
+    def read(name: str, like: Tensor, rows: Rows) -> Tensor:
         file: Any = opened[file_of[name]]
-        found: Tensor = file.get_slice(name)[rows if like.dim() else ...]
+        found: Tensor = file.get_slice(name)[rows]
         return found
 
     return read
@@ -238,7 +242,7 @@ def from_first(model: nn.Module | None) -> Read:
     """
     tensors = {} if model is None else tensors_of(model)
 
-    def read(name: str, like: Tensor, rows: slice) -> Tensor:
+    def read(name: str, like: Tensor, rows: Rows) -> Tensor:
         if model is None:
             sent = torch.empty(like.shape, dtype=like.dtype)
         else:
@@ -258,7 +262,7 @@ def from_parts(model: nn.Module) -> Read:
     settle(model)
     tensors = tensors_of(model)
 
-    def read(name: str, like: Tensor, rows: slice) -> Tensor | None:
+    def read(name: str, like: Tensor, rows: Rows) -> Tensor | None:
         found = tensors.get(name, tensors.get(name.replace(".base_layer.", ".")))
         return None if found is None else whole(found)[rows]
 

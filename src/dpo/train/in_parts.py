@@ -4,6 +4,7 @@ and the first one only where the files cannot be read row by row.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +78,7 @@ class InParts:
         """The model after a change of what it is made of. It is scored as it was."""
         changed = recut(model, change)
         share_plan(changed, model)
+        gc.collect()  # of models before this one: FSDP holds them in circles
         return changed
 
     def make(self, make: Make) -> nn.Module:

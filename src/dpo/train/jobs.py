@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import logging
@@ -114,6 +115,7 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
             return run.folder
         method = _preference_method(config, objective, data, policy, reference, encoder, reward)
         reference = None  # it is let go where nothing asks it again
+        gc.collect()  # a model in parts holds itself in circles
         _warn_of_whole_batches(method, config)
         method.keep_held_out = HeldOutFile(run).write
         if run.writes:

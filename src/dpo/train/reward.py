@@ -175,12 +175,12 @@ def train_reward(config: RewardConfig, *, trust_remote_code: bool = False) -> Pa
     if config.margin is not None:
         check_margins(itertools.chain(data.train, data.test))
     texts = [text for row in data.train for text in texts_of(row)] if config.model.fresh else []
-    start = open_trained(config, texts, trust_remote_code)
-    encoder = make_run_encoder(config, start, data)
-    model = _with_head(start, encoder, config.seed)
+    policy = open_trained(config, texts, trust_remote_code)
+    encoder = make_run_encoder(config, policy, data)
+    policy = replace(policy, model=_with_head(policy, encoder, config.seed))
+    model = policy.model
     if config.gradient_checkpointing:
         enable_recomputation(model)
-    policy = replace(start, model=model)
     with opened_run(config, data, policy, encoder, command="reward") as run:
         if run.finished:
             return run.folder
@@ -223,9 +223,11 @@ def _with_head(start: Policy, encoder: Encoder, seed: int) -> nn.Module:
         InputError: it cannot become a reward model, or not one in parts.
     """
 
+    tokenizer = start.tokenizer
+
     def headed(model: nn.Module) -> nn.Module:
         classifier = from_causal(model, seed=seed)
-        give_padding(classifier, start.tokenizer, ends=encoder.stop_ids)
+        give_padding(classifier, tokenizer, ends=encoder.stop_ids)
         return classifier
 
     if not is_sharded(start.model):
