@@ -88,6 +88,16 @@ def test_a_study_of_instructions_plans_its_cells(name):
     assert {cell.label for cell in todo.dpo} >= {"DPO beta 0.3", "DPO beta 0.7", "DPO beta 1.0"}
 
 
+def test_the_study_that_the_documentation_shows_plans_its_runs(tmp_path):
+    page = (ROOT / "docs/studies.md").read_text(encoding="utf-8")
+    file = tmp_path / "my-study.yaml"
+    file.write_text(page.split("```yaml\n")[1].split("```")[0])
+    runs = plan(read_config(StudyConfig, file))
+    planned = [len(cells) for cells in (runs.sft, runs.dpo, runs.rivals, runs.reward_models)]
+    assert planned == [3, 6, 9, 3]
+    assert runs.labels["base"] == ("base", 0)
+
+
 def test_the_readmes_exit_codes_are_the_errors():
     from dpo import errors
 

@@ -35,7 +35,7 @@ ALLOWED = {
     "evaluation_config": {"config", "sections"},
     "schemas": {"config", "evaluation_config", "online_config", "plan_config"},
     "config_files": {"errors", "loss_config", "sections"},
-    "plan_config": {"config", "core", "sections"},
+    "plan_config": {"config", "core", "online_config", "sections"},
     "core": {"errors"},
     "theory": {"core", "errors", "atomic"},
     "data": {"core", "errors", "atomic"},

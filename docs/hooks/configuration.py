@@ -17,6 +17,7 @@ from dpo.experiment.losses import LossStudyConfig
 from dpo.experiment.sentiment_config import SentimentConfig
 from dpo.experiment.study import StudyConfig
 from dpo.report.loss_pages import allowed
+from dpo.report.settings import as_written
 from dpo.schemas import SCHEMAS as COMMANDS
 from dpo.train.recipe import InitConfig
 
@@ -134,9 +135,7 @@ def _shown(default: Any) -> str:
         return "required"
     if isinstance(default, BaseModel):
         return "see below"
-    if default is None:
-        return "none"
-    return f"`{str(default).lower() if isinstance(default, bool) else _cell(str(default))}`"
+    return f"`{_cell(as_written(default))}`"
 
 
 def _kind(field: FieldInfo) -> str:

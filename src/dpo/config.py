@@ -293,6 +293,28 @@ class HubConfig(Section):
         return repo
 
 
+class DistributedConfig(Section):
+    """How the processes that torchrun or accelerate starts share the work; one alone has all."""
+
+    kind: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: each has the whole model; fsdp: each a part (FSDP2)."
+    )
+    cpu_offload: bool = Field(
+        False,
+        description="With fsdp: parts, gradients and optimizer state stay in main memory, and the "
+        "optimizer runs there; the GPU holds what is gathered.",
+    )
+    timeout_seconds: Positive = Field(
+        600.0, description="A process that is silent for longer is lost, and all end."
+    )
+
+    @model_validator(mode="after")
+    def _parts_to_offload(self) -> DistributedConfig:
+        if self.cpu_offload and self.kind != "fsdp":
+            raise ValueError("cpu_offload: only a model in parts is offloaded; set kind=fsdp too")
+        return self
+
+
 class RunConfig(Section):
     """What every training command takes."""
 
@@ -326,6 +348,7 @@ class RunConfig(Section):
     push_to_hub: Annotated[HubConfig | None, BeforeValidator(shorthand_for("repo"))] = Field(
         None, description="Upload the finished run's model to the hub; none: it stays here."
     )
+    distributed: DistributedConfig = DistributedConfig()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -372,32 +395,9 @@ class RunConfig(Section):
         return self.dropout or (self.adapter is not None and self.adapter.dropout > 0)
 
 
-class DistributedConfig(Section):
-    """How the processes that torchrun or accelerate starts share the work; one alone has all."""
-
-    kind: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="ddp: each has the whole model; fsdp: each a part (FSDP2)."
-    )
-    cpu_offload: bool = Field(
-        False,
-        description="With fsdp: parts, gradients and optimizer state stay in main memory, and the "
-        "optimizer runs there; the GPU holds what is gathered.",
-    )
-    timeout_seconds: Positive = Field(
-        600.0, description="A process that is silent for longer is lost, and all end."
-    )
-
-    @model_validator(mode="after")
-    def _parts_to_offload(self) -> DistributedConfig:
-        if self.cpu_offload and self.kind != "fsdp":
-            raise ValueError("cpu_offload: only a model in parts is offloaded; set kind=fsdp too")
-        return self
-
-
 class TrainingConfig(RunConfig):
     """Training on given rows, several times over if asked."""
 
-    distributed: DistributedConfig = DistributedConfig()
     epochs: Positive = Field(1.0, description="Passes over the training rows.")
     max_steps: Count | None = Field(None, description="Optimizer steps instead of epochs.")
 

@@ -47,6 +47,11 @@ def check_rounds(config: RunConfig) -> None:
     check_float32_weights(config)
     if config.optimizer.in_backward:
         raise ValueError("optimizer.in_backward: is for dpo sft, dpo train and dpo reward")
+    if config.distributed.kind == "fsdp":
+        raise ValueError(
+            "distributed.kind: fsdp runs the model equally often in every process, and sampling "
+            "runs it as often as its own responses are long; take ddp"
+        )
 
 
 def check_prompts_only(data: DataConfig) -> None:

@@ -6,8 +6,9 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
 from dpo.core.machines import GPUS
+from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.sections import Count, Folder, Positive, Section, shorthand_for
 
 
@@ -58,3 +59,37 @@ class PreferencePlanConfig(PreferenceConfig):
 
     out: Folder = NOWHERE
     machine: Machine = MachineConfig()
+
+
+class RewardPlanConfig(RewardConfig):
+    """A run of `dpo reward`, and a machine."""
+
+    out: Folder = NOWHERE
+    machine: Machine = MachineConfig()
+
+
+class OnlinePlanConfig(OnlineConfig):
+    """A run of `dpo online`, and a machine."""
+
+    out: Folder = NOWHERE
+    machine: Machine = MachineConfig()
+
+
+class PPOPlanConfig(PPOConfig):
+    """A run of `dpo ppo`, and a machine."""
+
+    out: Folder = NOWHERE
+    machine: Machine = MachineConfig()
+
+
+PlanConfig = (
+    SFTPlanConfig | PreferencePlanConfig | RewardPlanConfig | OnlinePlanConfig | PPOPlanConfig
+)
+PLANS: dict[str, type[PlanConfig]] = {
+    "sft": SFTPlanConfig,
+    "train": PreferencePlanConfig,
+    "reward": RewardPlanConfig,
+    "online": OnlinePlanConfig,
+    "ppo": PPOPlanConfig,
+}
+"""By the command whose run is planned."""

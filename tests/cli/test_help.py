@@ -14,6 +14,7 @@ from typer.main import get_command
 from dpo.cli import PANELS, app
 from dpo.config_files import read_config
 from dpo.experiment.study_config import StudyConfig
+from dpo.plan_config import PLANS
 from dpo.schemas import SCHEMAS
 from dpo.train.recipe import InitConfig
 from train.small_runs import dpo
@@ -62,6 +63,8 @@ def test_every_example_is_understood(line, tmp_path):
     settings = parsed.params.get("settings") or []
     if path[0] == "init":
         assert read_config(InitConfig, overrides=settings)
+    elif path[0] == "plan" and settings[0] in PLANS:
+        assert read_config(PLANS[settings[0]], overrides=settings[1:])
     elif path[0] in SCHEMAS and "=" in settings[0]:
         assert read_config(SCHEMAS[path[0]], overrides=settings)
     elif path[0] in SCHEMAS:  # on top of a recipe of the user's

@@ -1,9 +1,18 @@
 """Bytes and operations of a step, derived by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from dpo.core import cost
-from dpo.core.cost import ModelSize, PassSize, StepCounts, StepSettings
+from dpo.core.cost import (
+    DecodingSpeed,
+    ModelSize,
+    PassSize,
+    Sampling,
+    StepCounts,
+    StepSettings,
+)
 
 MODEL = ModelSize(
     parameters=100,
@@ -18,6 +27,7 @@ MODEL = ModelSize(
     tied=True,
     head_trained=True,
     largest=40,
+    embedding_trained=40,
 )
 PASS = PassSize(
     tokens=5,
@@ -109,3 +119,53 @@ def test_time_is_products_at_their_speed_and_the_update_at_the_memorys():
     assert found == (2 + 1) / 0.5 + 4
     per = cost.stored(precision="fp32")
     assert cost.update_bytes(MODEL, per) == 28 * 100
+
+
+# -- other heads, and sampling -------------------------------------------------------------------
+
+
+def test_a_reward_model_has_a_head_of_one_row_in_place_of_its_own():
+    tied = cost.with_reward_head(MODEL)  # its head was the embedding, which stays
+    assert (tied.parameters, tied.trained, tied.head) == (104, 104, 4)
+    apart = cost.with_reward_head(replace(MODEL, tied=False))
+    assert (apart.parameters, apart.trained) == (100 - 40 + 4, 100 - 40 + 4)
+    frozen = cost.with_reward_head(replace(MODEL, trained=8, tied=False, head_trained=False))
+    assert (frozen.parameters, frozen.trained) == (64, 12)
+
+
+def test_a_critic_is_a_head_and_a_trunk_if_it_has_its_own():
+    shared = cost.with_critic(MODEL, own_trunk=False)
+    assert (shared.parameters, shared.trained, shared.layers) == (105, 105, 2)
+    apart = cost.with_critic(replace(MODEL, tied=False), own_trunk=True)
+    assert (apart.parameters, apart.trained, apart.layers) == (100 + 60 + 5, 165, 4)
+    assert apart.vocab == MODEL.vocab
+
+
+def test_a_forward_pass_is_a_third_of_a_step():
+    counts = StepCounts(tokens=5, attended=15, predicted=3)
+    step = cost.operations(MODEL, counts, checkpointing=False, head_in_parts=False)
+    once = cost.forward_operations(MODEL, counts)
+    assert (3 * once.trunk, 3 * once.head) == (step.trunk, step.head)
+    assert once.trunk == 2 * 2 * (24 * 5 + 2 * 4 * 15)
+    assert once.head == 2 * 40 * 3
+
+
+SAMPLING = Sampling(responses=5, at_once=2, prompt=3.0, tokens=4)
+
+
+def test_samples_are_scored_each_with_its_own_prompt():
+    assert SAMPLING.counts == StepCounts(tokens=5 * 7, attended=5 * 28, predicted=5 * 4)
+
+
+def test_sampling_holds_two_caches_and_three_rows_of_logits():
+    keys_and_values = 2 * 2 * 4 * 7  # two of them, in two layers of width 4, for 7 tokens
+    assert cost.sampling_bytes(MODEL, SAMPLING) == 2 * 4 * (2 * keys_and_values + 3 * 10)
+
+
+def test_sampling_takes_products_reading_and_layers():
+    speed = DecodingSpeed(products=0.5, memory=0.25, layer_seconds=1e-3)
+    found = cost.sampling_seconds(MODEL, SAMPLING, speed, tflops=1e-9, gb_per_second=1e-6)
+    at_once = 5 / 3  # three batches
+    products = 2 * 2 * (24 * at_once + 2 * 4 * at_once * 5) + 2 * 40 * at_once
+    token = products / (0.5 * 1e3) + 4 * 100 / (0.25 * 1e3) + 2 * 1e-3
+    assert found == pytest.approx(3 * 4 * token)

@@ -1,17 +1,15 @@
-"""The files of an evaluation, and its win rates on the terminal."""
+"""The files of an evaluation."""
 
 import csv
-import io
 import json
 from dataclasses import asdict
 
 import pytest
-from rich.console import Console
 from verdicts import A, B, scored
 
 from dpo.errors import StorageError
 from dpo.evaluate.paired import paired_tests, power_of
-from dpo.evaluate.tables import render_win_rates, write_results
+from dpo.evaluate.tables import write_results
 from dpo.evaluate.winrate import win_rate_table
 
 
@@ -82,14 +80,3 @@ def test_a_file_that_cannot_be_written_is_one_sentence_and_leaves_no_part(tmp_pa
     ):
         written(tmp_path, scored("a", A))
     assert [path.name for path in tmp_path.iterdir()] == ["scored.jsonl"]
-
-
-def test_the_rendered_table_shows_rates_and_no_control_sequences():
-    records = scored("[red]m[/red]\x1b[2J", A) + scored("z", A, kind="null", temperature=None)
-    console = Console(width=140, file=io.StringIO())
-    console.print(render_win_rates(win_rate_table(records)))
-    text = console.file.getvalue()
-    assert "[red]m[/red]" in text
-    assert "\x1b" not in text
-    assert "85.7%" in text
-    assert "[48.7, 97.4]" in text

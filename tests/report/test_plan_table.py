@@ -44,6 +44,18 @@ def test_sft_is_planned_for_a_fresh_model_and_several_devices():
     assert "distributed.kind=fsdp" in said.out
 
 
+def test_a_run_on_samples_is_planned_with_its_sampling(tmp_path):
+    judge = tmp_path / "judge.py"
+    judge.write_text("def score(prompts, responses):\n    return [0.0 for _ in responses]")
+    words = (f"model={sft_run()}", "data.synthetic.num_rows=96", f"reward.function={judge}:score")
+    said = dpo("plan", "ppo", *words, "sampling.max_new_tokens=8", *BY_HAND)
+    assert said.code == 0, said.all
+    assert "to draw and score 128 responses" in said.out
+    assert "Every response is taken to have 8 tokens" in said.out
+    assert "distributed.kind=fsdp" not in said.out
+    assert "optimizer.in_backward" not in said.out  # PPO refuses it
+
+
 def test_what_it_cannot_plan_is_one_sentence():
     assert plan("machine=H1000").code == 2
     assert "A100-40" in plan("machine=H1000").err

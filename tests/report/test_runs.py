@@ -1,4 +1,4 @@
-"""What a run and an evaluation leave for the eye."""
+"""What a run leaves for the eye."""
 
 import io
 import json
@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dpo.evaluate.paired import PairedTest
-from dpo.evaluate.true_reward import RewardRow
-from dpo.report import runs
 from dpo.report.data_check import check_data, print_check
-from dpo.report.runs import finish_run, reward_table, run_table
+from dpo.report.runs import finish_run, run_table
 from dpo.report.settings import settings_of
 from dpo.train.run import read_metrics
 from train.small_runs import dpo_run, sft_run
@@ -77,45 +74,6 @@ def test_a_falling_likelihood_of_chosen_responses_is_explained_where_it_happened
     finished(tmp_path, change, margin)
     out = " ".join(capsys.readouterr().out.split())
     assert ("The chosen responses became less likely while the margin grew" in out) is explained
-
-
-def test_true_rewards_are_shown_with_their_interval():
-    row = RewardRow("a[b]", 0.5, 10, 20, 1.25, 1.0, 1.5, 0.5, 0.1, 0.3, 0.2, 0.0)
-    text = shown(reward_table([row]))
-    for part in ("a[b]", "0.5", "20", "1.25", "[1.00, 1.50]", "50%", "30%", "20%"):
-        assert part in text
-
-
-def test_paired_tests_are_shown_with_their_interval_and_unknown_differences_are_blank():
-    values = {
-        "family": "models",
-        "family_size": 3,
-        "model_a": "a[b]",
-        "model_b": "c",
-        "temperature": 1.0,
-        "num_prompts": 7,
-        "num_unshared": 0,
-        "num_decided": 7,
-        "wins_only_a": 1,
-        "wins_only_b": 2,
-        "disagreement": 0.375,
-        "difference": -0.125,
-        "low": -0.5,
-        "high": 0.25,
-        "confidence": 0.95,
-        "mcnemar_p": 0.5,
-        "mcnemar_p_holm": 0.75,
-        "margin_difference": 0.0,
-        "permutation_p": 0.1,
-        "permutation_p_holm": 0.123,
-    }
-    text = shown(runs.tests_table([PairedTest(**values)]))
-    for part in ("a[b]", "-12.5%", "[-50.0%, +25.0%]", "0.750", "0.123", "7"):
-        assert part in text
-    unknown = shown(
-        runs.tests_table([PairedTest(**values | {"difference": None, "temperature": None})])
-    )
-    assert "-12.5%" not in unknown
 
 
 def test_every_setting_has_a_meaning_or_is_plain_from_its_name():

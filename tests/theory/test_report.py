@@ -91,3 +91,9 @@ def test_every_bibliography_entry_is_cited_and_every_citation_has_an_entry() -> 
     bibliography = (REPORT / "bibliography.yml").read_text()
     entries = set(re.findall(r"^([a-z]+\d{4}[a-z]*):", bibliography, flags=re.MULTILINE))
     assert entries == set(re.findall(r"@([a-z]+\d{4}[a-z]*)", text))
+
+
+def test_no_semicolon_is_swallowed_after_a_call() -> None:
+    for file in sorted((REPORT / "chapters").glob("*.typ")):
+        calls = re.findall(r"#[\w-]+\((?:[^()]|\([^()]*\))*\);", file.read_text())
+        assert calls == [], f"{file.name}: Typst ends a call with ';' and does not print it"

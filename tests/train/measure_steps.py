@@ -21,10 +21,22 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
 from dpo.config_files import validate
+from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.train import loop
 from dpo.train.jobs import train_preference, train_sft
+from dpo.train.online import train_online
+from dpo.train.ppo import train_ppo
+from dpo.train.reward import train_reward
+
+JOBS = {
+    "sft": (train_sft, SFTConfig),
+    "dpo": (train_preference, PreferenceConfig),
+    "reward": (train_reward, RewardConfig),
+    "online": (train_online, OnlineConfig),
+    "ppo": (train_ppo, PPOConfig),
+}
 
 
 def kibibytes(name: str) -> int:
@@ -69,10 +81,8 @@ def main() -> None:
     method, values = sys.argv[1], json.loads(sys.argv[2])
     watched = Watched()
     loop.training_step = watched
-    if method == "sft":
-        train_sft(validate(SFTConfig, values))
-    else:
-        train_preference(validate(PreferenceConfig, values))
+    job, schema = JOBS[method]
+    job(validate(schema, values))
     found = {
         "resident": (watched.peak - watched.before) << 10,
         "tensors": watched.tensors,

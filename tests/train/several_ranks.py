@@ -6,14 +6,21 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-from dpo.config import PreferenceConfig, SFTConfig
+import pytest
+
+from dpo.config import PreferenceConfig, RunConfig, SFTConfig
+from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.train import ranks
 from dpo.train.jobs import train_preference, train_sft
-from train.small_runs import fork
+from dpo.train.online import train_online
+from dpo.train.ppo import train_ppo
+from dpo.train.run import Run
+from train.small_runs import fork, metrics_of
 
 
 def free_port() -> int:
@@ -67,8 +74,43 @@ def on_ranks(size: int, work: Callable[[int], object], **options: Path) -> list[
     return wait(start(size, work, **options), seconds=290)  # before small_runs.fork ends them
 
 
-def train(config: SFTConfig | PreferenceConfig) -> None:
+JOBS: dict[type[RunConfig], Callable[..., Path]] = {
+    SFTConfig: train_sft,
+    PreferenceConfig: train_preference,
+    OnlineConfig: train_online,
+    PPOConfig: train_ppo,
+}
+
+
+def train(config: RunConfig) -> None:
     """The run of this configuration, as one of the ranks or alone."""
     with ranks.joined(config.distributed):
-        job = train_sft if isinstance(config, SFTConfig) else train_preference
-        job(config)
+        JOBS[type(config)](config)
+
+
+def signal_at(step: int, number: int) -> None:
+    """From now on, this process gets the signal when that step is logged, or would be."""
+    log = Run.log
+
+    def logged(run: Run, row: Mapping[str, Any]) -> None:
+        log(run, row)
+        if row["step"] == step and "loss" in row:
+            os.kill(os.getpid(), number)
+
+    Run.log = logged  # type: ignore[method-assign]
+
+
+def numbers_of(folder: Path) -> list[dict]:
+    """Metrics but for memory and for what counts passes, which ranks make fewer of."""
+    rows = metrics_of(folder)
+    return [
+        {k: v for k, v in row.items() if k not in ("num_passes", "gradient_norm")} for row in rows
+    ]
+
+
+def check_equal(found: Path, expected: Path) -> None:
+    """Two runs log the same, but for rounding."""
+    for ours, theirs in zip(numbers_of(found), numbers_of(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+        for loss in theirs.keys() & {"loss", "eval/loss"}:
+            assert ours[loss] == pytest.approx(theirs[loss], abs=1e-6)

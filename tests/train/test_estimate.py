@@ -21,14 +21,19 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from dpo.config import PreferenceConfig, SFTConfig
+from dpo.config import PreferenceConfig, RewardConfig, SFTConfig
 from dpo.config_files import validate
 from dpo.core.machines import Machine
 from dpo.data.order import steps_per_epoch
 from dpo.errors import InputError
 from dpo.models.fresh import train_tokenizer
-from dpo.train.estimate import Estimate, describe_run, estimate, read_data
+from dpo.online_config import OnlineConfig, PPOConfig
+from dpo.train.estimate import Estimate, describe_run, estimate, steps_in_words
+from dpo.train.online import train_online
+from dpo.train.ppo import train_ppo
+from dpo.train.reward import train_reward
 from dpo.train.run import read_manifest
+from dpo.train.run_data import read_data
 from train.several_ranks import train
 from train.small_runs import (
     FRESH,
@@ -95,6 +100,14 @@ def model(name: str) -> Path:
     return folder
 
 
+@cache
+def judge() -> Path:
+    """A reward that is nothing but length."""
+    file = scratch() / "judge.py"
+    file.write_text("def score(prompts, responses):\n    return [float(len(r)) for r in responses]")
+    return file
+
+
 COMMON = {
     "max_steps": 3,
     "save_every": 100,
@@ -102,20 +115,39 @@ COMMON = {
     "evaluation": {"every": 100, "max_rows": 2, "num_samples": 0},
     "data": {"test_fraction": 0.1},
 }
+ON_POLICY = {
+    "batch": {"size": 10, "max_tokens": 4096},
+    "save_every": 100,
+    "evaluation": {"every": 100, "max_rows": 1, "max_new_tokens": 4, "num_samples": 0},
+    "data": {"test_fraction": 0.1},
+    "rounds": 1,
+    "epochs_per_round": 3,
+    "sampling": {"max_new_tokens": 64},
+}
+SCHEMAS = {
+    "sft": SFTConfig,
+    "dpo": PreferenceConfig,
+    "reward": RewardConfig,
+    "online": OnlineConfig,
+    "ppo": PPOConfig,
+}
 
 
 def values_of(name: str, method: str, out: Path, changes: dict) -> dict:
     few = rows(10)  # a batch is all of them, and every step the same
-    common = merged(COMMON, {"data.path": str(few), "model": str(model(name)), "out": str(out)})
-    common["batch"]["size"] = 10
+    own = {"data.path": str(few), "model": str(model(name)), "out": str(out), "batch.size": 10}
+    if method in ("online", "ppo"):
+        own["reward"] = {"function": f"{judge()}:score"}
+        return merged(ON_POLICY, own | changes)
     if method == "dpo":
-        common["evaluation"]["kl_prompts"] = 0
-    return merged(common, changes)
+        own["evaluation.kl_prompts"] = 0
+    if method == "reward":
+        own["evaluation"] = {"every": 100, "max_rows": 2}
+    return merged(COMMON, own | changes)
 
 
 def estimated(name: str, method: str, changes: dict) -> Estimate:
-    schema = SFTConfig if method == "sft" else PreferenceConfig
-    config = validate(schema, values_of(name, method, Path("nowhere"), changes))
+    config = validate(SCHEMAS[method], values_of(name, method, Path("nowhere"), changes))
     return estimate(config, read_data(config), NOWHERE)
 
 
@@ -152,6 +184,16 @@ CASES = {
     "DPO, Llama, LoRA, several passes": ("llama", "dpo", FEW | {"adapter": "lora"}),
     "SFT, padded": ("bloom", "sft", {}),
     "DPO, padded, recomputed": ("bloom", "dpo", {"gradient_checkpointing": True}),
+    "reward model": ("gpt2", "reward", {}),
+    "reward model, Llama, LoRA": ("llama", "reward", {"adapter": "lora"}),
+    "online DPO": ("gpt2", "online", {}),
+    "PPO": ("gpt2", "ppo", {"prompts_per_round": 10}),
+    "PPO, one trunk": ("gpt2", "ppo", {"prompts_per_round": 10, "critic": "shared"}),
+    "PPO, recomputed": (
+        "llama",
+        "ppo",
+        {"prompts_per_round": 10, "gradient_checkpointing": True},
+    ),
 }
 
 
@@ -190,6 +232,58 @@ def test_the_steps_that_are_counted_are_the_steps_that_are_made(method, tmp_path
     assert found.model.trained == manifest["trained_parameters"]
 
 
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_a_reward_model_is_counted_as_it_is_trained(adapter, tmp_path):
+    values = values_of("llama", "reward", tmp_path, {"adapter": adapter})
+    config = validate(RewardConfig, values)
+    found = estimate(config, read_data(config), NOWHERE)
+    manifest = read_manifest(train_reward(config))
+    padding = 256  # the row of a token that this tokenizer lacks
+    assert found.model.parameters + padding == manifest["parameters"]
+    grown = padding if adapter is None else 0
+    assert found.model.trained + grown == manifest["trained_parameters"]
+    assert found.reference == found.reward == found.round_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "responses"),
+    [
+        ("online", {"samples_per_prompt": 3}, 12),
+        ("ppo", {"critic": "separate"}, 4),
+        ("ppo", {"critic": "shared"}, 4),
+    ],
+)
+def test_rounds_of_samples_are_counted_as_they_are_trained(method, own, responses, tmp_path):
+    job = train_online if method == "online" else train_ppo
+    changes = own | {"rounds": 2, "epochs_per_round": 1, "prompts_per_round": 4, "batch.size": 4}
+    changes |= {"sampling": {"max_new_tokens": 6}}
+    config = validate(SCHEMAS[method], values_of("gpt2", method, tmp_path / "run", changes))
+    data = read_data(config)
+    found = estimate(config, data, NOWHERE)
+    folder = job(config)
+    manifest = read_manifest(folder)
+    assert found.model.parameters == manifest["parameters"]
+    assert found.model.trained == manifest["trained_parameters"]
+    steps = [row for row in metrics_of(folder) if "loss" in row]
+    assert data.num_steps == len(steps) == 2
+    assert data.sampling.responses == responses
+    assert found.workload.mean.tokens >= max(row["num_tokens"] for row in steps) - 40
+    assert found.round_seconds > 0
+    assert found.held == max(found.peak.total, found.peak.optimizer + found.sampling)
+
+
+def test_a_reward_model_that_scores_samples_is_held_beside_them():
+    changes = {"reward": {"model": str(model("llama"))}}
+    config = validate(PPOConfig, values_of("gpt2", "ppo", Path("nowhere"), changes))
+    with_model = estimate(config, read_data(config), NOWHERE)
+    plain = estimated("gpt2", "ppo", {})
+    head = 4000 * 256
+    language_model = sum(p.numel() for p in MODELS["llama"]().parameters())
+    assert with_model.reward == 4 * (language_model - head + 2 * 256)  # two labels by default
+    assert with_model.round_seconds > plain.round_seconds
+    assert with_model.device_bytes == pytest.approx(plain.device_bytes + with_model.reward)
+
+
 def test_a_reference_is_another_model_unless_an_adapter_can_be_switched_off():
     own, adapted = (dpo_config(Path("nowhere"), c) for c in ({}, {"adapter": "lora"}))
     data = read_data(own)
@@ -213,8 +307,11 @@ def test_processes_share_a_step_and_with_fsdp_the_state():
 
 
 def test_a_run_is_described_in_sentences():
-    lines = describe_run(sft_config(Path("nowhere")))
-    assert any(line.startswith("75 training rows; 6 steps of 8 rows") for line in lines)
+    config = sft_config(Path("nowhere"))
+    data = read_data(config)
+    steps = steps_in_words(config, data, estimate(config, data, NOWHERE))
+    assert steps.startswith("75 training rows; 6 steps of 8 rows")
+    lines = describe_run(config)
     assert any("parameters." in line for line in lines)
     assert any(line.startswith("Memory at most") for line in lines)
     assert any("seconds a step" in line for line in lines)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import DATA, FRESH, dpo, forked, merged, outcome, scratch, sft_run, sha256, words_of
 
 from dpo.config import ModelConfig, RewardConfig, SFTConfig
@@ -130,6 +131,9 @@ def test_a_saved_policy_is_a_language_model_without_the_values(tmp_path):
     )
     assert trained.keys() == start.keys()
     assert any(not torch.equal(trained[name], start[name]) for name in start)
+    saved = load_file(max((folder / "checkpoints").glob("step-*")) / "model.safetensors")
+    assert {name.split(".")[0] for name in saved} == {"policy", "trunk", "value_head"}
+    assert saved["value_head.weight"].any()
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])

@@ -20,10 +20,18 @@ from dpo.models.scoring import response_logps
 from dpo.train import ranks, reference, sharding
 from dpo.train.in_parts import InParts
 from dpo.train.reward import train_reward
-from dpo.train.run import Run, read_manifest
+from dpo.train.run import read_manifest
 from dpo.train.schedule import adamw
 from tiny_models import make
-from train.several_ranks import on_ranks, start, train, wait
+from train.several_ranks import (
+    check_equal,
+    numbers_of,
+    on_ranks,
+    signal_at,
+    start,
+    train,
+    wait,
+)
 from train.small_runs import (
     DATA,
     dpo,
@@ -70,22 +78,6 @@ def together(method, kind):
     return folder
 
 
-def numbers_of(folder):
-    """Metrics but for memory and for what counts passes, which ranks make fewer of."""
-    rows = metrics_of(folder)
-    return [
-        {k: v for k, v in row.items() if k not in ("num_passes", "gradient_norm")} for row in rows
-    ]
-
-
-def check_equal(found, expected):
-    """Two runs log the same, but for rounding."""
-    for ours, theirs in zip(numbers_of(found), numbers_of(expected), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-        for loss in theirs.keys() & {"loss", "eval/loss"}:
-            assert ours[loss] == pytest.approx(theirs[loss], abs=1e-6)
-
-
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_two_ranks_train_what_one_process_does(method, kind):
@@ -117,18 +109,6 @@ def test_two_sharded_ranks_train_with_rmsprop_what_one_process_does(tmp_path):
     config = config_of("dpo", "fsdp", tmp_path / "two", changes)
     assert on_ranks(2, lambda rank: train(config)) == [0, 0]
     check_equal(tmp_path / "two", tmp_path / "one")
-
-
-def signal_at(step, number):
-    """From now on, this process gets the signal when that step is logged, or would be."""
-    log = Run.log
-
-    def logged(run, row):
-        log(run, row)
-        if row["step"] == step and "loss" in row:
-            os.kill(os.getpid(), number)
-
-    Run.log = logged
 
 
 @pytest.mark.parametrize(("method", "kind", "victim"), [("dpo", "ddp", 1), ("sft", "fsdp", 0)])
@@ -521,6 +501,7 @@ def test_a_disk_that_fills_on_one_rank_costs_no_older_checkpoint(tmp_path):
 
 def test_commands_for_one_process_refuse_a_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    said = dpo("ppo", "model=x", "out=y")
-    assert said.code == 2
-    assert "dpo ppo is one process" in said.err
+    for command in ("evaluate", "plan"):
+        said = dpo(command, "model=x", "out=y")
+        assert said.code == 2
+        assert f"dpo {command} is one process" in said.err

@@ -63,7 +63,7 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-DISTRIBUTED = ("sft", "train", "reward")
+DISTRIBUTED = ("sft", "train", "reward", "online", "ppo")
 """The commands that torchrun or accelerate may start several times over."""
 
 

@@ -44,8 +44,8 @@ def evaluate(
     config = read(EvaluateConfig, settings)
     from dpo.evaluate.jobs import evaluate as run_evaluation
     from dpo.report.diagnostics_figures import leave_diagnosis, print_readings
+    from dpo.report.evaluation_screen import finish_evaluation
     from dpo.report.results import evaluation_result
-    from dpo.report.runs import finish_evaluation
 
     quiet_transformers()
     with on_screen(as_json=as_json):

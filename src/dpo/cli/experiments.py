@@ -117,7 +117,7 @@ def experiment_losses(settings: Settings = None, as_json: AsJSON = False) -> Non
         ),
         (
             "dpo experiment exact studies/exact.yaml out=runs/exact-quick --quick",
-            "A minute and a half.",
+            "About a minute.",
         ),
         more="The file shows every key; key=value sets one.",
     ),
@@ -125,7 +125,7 @@ def experiment_losses(settings: Settings = None, as_json: AsJSON = False) -> Non
 def experiment_exact(
     settings: Settings = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A minute and a half: one seed, fewer steps.")
+        bool, typer.Option("--quick", help="About a minute: one seed, fewer steps.")
     ] = False,
     as_json: AsJSON = False,
 ) -> None:

@@ -21,16 +21,20 @@ from dpo.cli.teaching import CONFIGURATION, teach
             "dpo plan sft model=gpt2-medium data=prefs.jsonl machine.devices=8",
             "Of dpo sft, on eight machines like this one.",
         ),
-        more="The configuration is that of dpo sft or dpo train (the default), and a machine: this "
-        "one, a GPU by its name, or numbers. Nothing is trained and no weight is read.\n\n"
-        + CONFIGURATION,
+        (
+            "dpo plan ppo model=runs/sft reward=runs/reward data=prefs.jsonl machine=A100-80",
+            "Of dpo ppo, sampling included.",
+        ),
+        more="The configuration is that of a training command, dpo train if none is named, and a "
+        "machine: this one, a GPU by its name, or numbers. Nothing is trained and no weight is "
+        "read.\n\n" + CONFIGURATION,
     ),
 )
 def plan(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[sft|train] [CONFIG] [KEY=VALUE]...",
+            metavar="[sft|train|reward|online|ppo] [CONFIG] [KEY=VALUE]...",
             help="A command, a YAML file, then settings.",
             show_default=False,
             autocompletion=complete_setting,
@@ -38,13 +42,12 @@ def plan(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    from dpo.plan_config import PreferencePlanConfig, SFTPlanConfig
+    from dpo.plan_config import PLANS
 
-    schemas = {"sft": SFTPlanConfig, "train": PreferencePlanConfig}
     command, *words = settings or ["train"]
-    if command not in schemas:
+    if command not in PLANS:
         command, words = "train", [command, *words]
-    config = read(schemas[command], words)
+    config = read(PLANS[command], words)
     from dpo.report.plan import print_plan
 
     quiet_transformers()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -253,12 +253,10 @@ def _run(
     if dry_run:
         _show(config, trust_remote_code=trust_remote_code, as_json=as_json)
         return
-    from dpo.config import DistributedConfig
     from dpo.report.results import run_result
     from dpo.train import ranks
 
-    distributed = getattr(config, "distributed", DistributedConfig())
-    with on_screen(as_json=as_json), ranks.joined(distributed):
+    with on_screen(as_json=as_json), ranks.joined(config.distributed):
         folder = job(config, trust_remote_code=trust_remote_code)
         first = ranks.is_first()
         if first:
@@ -268,19 +266,16 @@ def _run(
         finish(lambda: run_result(folder), as_json=as_json)
 
 
-def _show(config: RunConfig, *, trust_remote_code: bool, as_json: bool) -> None:
+def _show(config: Any, *, trust_remote_code: bool, as_json: bool) -> None:
     """Say what training would do, and what it would need."""
-    from dpo.config import PreferenceConfig, SFTConfig
     from dpo.report.dry_run import as_result, print_dry_run
     from dpo.train.dry_run import dry_run, in_memory
     from dpo.train.estimate import describe_run
 
     refuse_launcher("a dry run")
     found = dry_run(config, trust_remote_code=trust_remote_code)
-    estimate = ["Time and memory are estimated for dpo sft and dpo train alone."]
-    if isinstance(config, SFTConfig | PreferenceConfig):
-        with without_log():  # it reads the same rows once more
-            estimate = describe_run(in_memory(config), trust_remote_code=trust_remote_code)
+    with without_log():  # it reads the same rows once more
+        estimate = describe_run(in_memory(config), trust_remote_code=trust_remote_code)
     if as_json:
         print_json(as_result(config, found, estimate))
     else:

@@ -71,6 +71,8 @@ class ModelSize:
     head_trained: bool
     largest: int
     """Numbers in the largest trained parameter."""
+    embedding_trained: int
+    """Numbers of the embedding, where it is trained."""
 
     @property
     def head(self) -> int:
@@ -80,6 +82,39 @@ class ModelSize:
     def rest_trained(self) -> int:
         """Trained numbers outside the layers: embeddings, last norm, head."""
         return self.trained - self.layers * self.layer_trained
+
+
+def with_reward_head(model: ModelSize) -> ModelSize:
+    """The trunk under a head of one row (`dpo.models.reward`), which is trained."""
+    head, trained = _own_head(model)
+    return replace(
+        model,
+        parameters=model.parameters - head + model.width,
+        trained=model.trained - trained + model.width,
+        vocab=1,
+        tied=False,
+        head_trained=True,
+    )
+
+
+def with_critic(model: ModelSize, *, own_trunk: bool) -> ModelSize:
+    """Policy and value function (`dpo.models.actor_critic`): a head of one row and a bias, and a
+    second trunk if it has its own.
+    """
+    head, trained = _own_head(model)
+    more = 1 if own_trunk else 0
+    return replace(
+        model,
+        parameters=model.parameters + more * (model.parameters - head) + model.width + 1,
+        trained=model.trained + more * (model.trained - trained) + model.width + 1,
+        layers=(1 + more) * model.layers,
+    )
+
+
+def _own_head(model: ModelSize) -> tuple[int, int]:
+    """Numbers of the head, and of the trained head, that are not the embedding's."""
+    head = 0 if model.tied else model.head
+    return head, head if model.head_trained else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +263,7 @@ def _at_update(model: ModelSize, settings: StepSettings, per: Stored) -> StepPea
     """
     gradients = 0.0 if settings.in_backward else model.trained * per.gradient
     one = model.largest * 4 if per.weight < 4 else 0
-    embedding = model.head * per.gradient if model.head_trained else 0.0
+    embedding = model.embedding_trained * per.gradient
     return StepPeak("update", model.trained * per.state, gradients + max(one, embedding), 0, 0)
 
 
@@ -264,13 +299,23 @@ def operations(
     weights, where they are trained. Recomputation is one more forward pass of the layers; a head in
     parts one of the head.
     """
-    products = 2 * model.layers * model.layer_products * counts.tokens
-    attention = 2 * model.layers * 2 * model.attention_width * counts.attended
+    products, attention, head = _forward(model, counts)
     whole = model.layer_trained > model.layer_parameters / 2  # else adapters: their share is small
     again = 1 if checkpointing else 0
     trunk = products * (3 + again if whole else 2 + again) + attention * (3 + again)
-    head = 2 * model.head * counts.predicted
     return Operations(trunk, head * (2 + model.head_trained + head_in_parts))
+
+
+def forward_operations(model: ModelSize, counts: StepCounts) -> Operations:
+    """Of a forward pass alone."""
+    products, attention, head = _forward(model, counts)
+    return Operations(products + attention, head)
+
+
+def _forward(model: ModelSize, counts: StepCounts) -> tuple[float, float, float]:
+    products = 2 * model.layers * model.layer_products * counts.tokens
+    attention = 2 * model.layers * 2 * model.attention_width * counts.attended
+    return products, attention, 2 * model.head * counts.predicted
 
 
 def seconds(
@@ -292,3 +337,67 @@ def seconds(
 def update_bytes(model: ModelSize, per: Stored) -> float:
     """Bytes that an update reads and writes: weights and state both, gradients once."""
     return model.trained * (2 * per.weight + 2 * per.state + per.gradient)
+
+
+# -- sampling ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Responses that are drawn with a cache of keys and values, all of one length."""
+
+    responses: int
+    at_once: int
+    prompt: float
+    """Tokens of a prompt."""
+    tokens: int
+    """Of a response."""
+
+    @property
+    def counts(self) -> StepCounts:
+        """What scoring them adds up to, each with its own prompt."""
+        length = self.prompt + self.tokens
+        pairs = length * (length + 1) / 2
+        return StepCounts(
+            self.responses * length, self.responses * pairs, self.responses * self.tokens
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingSpeed:
+    """What the sampler reaches of a machine."""
+
+    products: float
+    """Share of the speed of float32 matrix products."""
+    memory: float
+    """Share of the memory's speed, when weights are read for few rows."""
+    layer_seconds: float
+    """What beginning a layer takes however small it is: Python and kernels."""
+
+
+def sampling_bytes(model: ModelSize, sampling: Sampling) -> float:
+    """Float32 keys and values of the responses that are drawn at once, the new beside the old where
+    the cache grows, and their logits with the softmax.
+    """
+    context = sampling.prompt + sampling.tokens
+    cache = 2 * 2 * 4 * model.layers * model.attention_width * context
+    return sampling.at_once * (cache + 3 * 4 * model.vocab)
+
+
+def sampling_seconds(
+    model: ModelSize,
+    sampling: Sampling,
+    speed: DecodingSpeed,
+    *,
+    tflops: float,
+    gb_per_second: float,
+) -> float:
+    """Each token of a batch of responses: its products, the weights read once, the layers begun."""
+    context = sampling.prompt + sampling.tokens / 2
+    batches = -(-sampling.responses // sampling.at_once)
+    at_once = sampling.responses / batches
+    work = forward_operations(model, StepCounts(at_once, at_once * context, at_once))
+    products = (work.trunk + work.head) / (speed.products * tflops * 1e12)
+    reading = 4 * model.parameters / (speed.memory * gb_per_second * 1e9)
+    token = products + reading + model.layers * speed.layer_seconds
+    return batches * sampling.tokens * token

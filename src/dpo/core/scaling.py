@@ -110,6 +110,7 @@ class Llama:
             tied=False,
             head_trained=True,
             largest=max(self.vocab * self.width, self.width * self.inner),
+            embedding_trained=self.vocab * self.width,
         )
 
 

@@ -1,4 +1,4 @@
-"""The files of an evaluation, and its win rates on the terminal."""
+"""The files of an evaluation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo.atomic import storage_errors, write_text
-from dpo.data.files import printable
 from dpo.evaluate.paired import DIFFERENCE, FAMILIES, LEVEL, POWER, PairedTest, power_of
 from dpo.evaluate.records import ScoredGeneration
 from dpo.evaluate.winrate import WinRateRow
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def write_results(
@@ -64,39 +60,6 @@ def csv_text(kind: type[Any], rows: Iterable[Any]) -> str:
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
-
-
-def render_win_rates(table: Sequence[WinRateRow]) -> Table:
-    """The table for a terminal: `rich.console.Console().print(render_win_rates(table))`."""
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(title="Sentence-BERT win rates (wins among decided responses)")
-    shown.add_column("model")
-    confidence = f"{table[0].confidence:.0%} " if table else ""
-    for name in ("temperature", "n", "win rate", f"{confidence}interval", "ties"):
-        shown.add_column(name, justify="right")
-    for name in ("mean margin", "truncated", "mean tokens"):
-        shown.add_column(name, justify="right")
-    for row, previous in zip(table, [None, *table], strict=False):
-        if previous and row.kind != previous.kind:
-            shown.add_section()
-        # Text, not str: a name with brackets is a name, never markup.
-        shown.add_row(Text(printable(row.model)), *_cells(row))
-    return shown
-
-
-def _cells(row: WinRateRow) -> list[str]:
-    return [
-        "" if row.temperature is None else f"{row.temperature:g}",
-        str(row.n),
-        "-" if row.win_rate is None else f"{row.win_rate:.1%}",
-        f"[{100 * row.low:.1f}, {100 * row.high:.1f}]",
-        str(row.ties),
-        f"{row.mean_margin:+.4f}",
-        f"{row.truncated_share:.1%}" if row.kind == "model" else "",
-        "" if row.mean_tokens is None else f"{row.mean_tokens:.1f}",
-    ]
 
 
 def _families(tests: Sequence[PairedTest]) -> dict[str, object]:

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo.atomic import write_json, write_text
@@ -47,6 +46,7 @@ from dpo.report.figures import (
     training_curves_figure,
     win_rate_figure,
 )
+from dpo.report.tables import on_screen
 from dpo.train.jobs import train_preference, train_sft
 from dpo.train.run import environment, read_metrics
 
@@ -276,30 +276,27 @@ def _write(
 
 
 def _print(out: Path, rows: Sequence[DemoRow], evaluation: Evaluation) -> None:
-    table = Table(title="Held-out questions, temperature 1")
-    table.add_column("model")
-    names = ("true reward", "95% interval", "right", "polite", "KL to SFT", "win rate", "seconds")
-    for name in names:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
+    head = ("model", "true reward (95%)", "right", "polite", "KL to SFT", "wins", "time")
+    lines = [
+        (
             row.model,
-            f"{row.reward:.2f}",
-            Text(f"[{row.low:.2f}, {row.high:.2f}]"),
+            f"{row.reward:.2f} [{row.low:.2f}, {row.high:.2f}]",
             f"{row.right:.0%}",
             f"{row.polite:.0%}",
-            f"{row.kl:.2f} ± {row.kl_stderr:.2f}",
+            f"{row.kl:.3g} ± {row.kl_stderr:.1g}",
             "" if row.win_rate is None else f"{row.win_rate:.0%}",
-            f"{row.seconds:.0f}",
+            f"{row.seconds:.0f} s",
         )
+        for row in rows
+    ]
     console = Console()
-    console.print(table)
+    console.print(on_screen("Held-out questions, temperature 1", [head, *lines]))
     best = _best_null(evaluation.table)
     if best is not None and best.win_rate is not None:
         console.print(
             Text(
-                f"Win rate: Sentence-BERT, wins among decided. A response that knows nothing "
-                f"({best.model}) gets {best.win_rate:.0%}: read no win rate without it."
+                f"Wins: Sentence-BERT, among decided. A response that knows nothing "
+                f"({best.model}) gets {best.win_rate:.0%}: read none without it."
             )
         )
     console.print(

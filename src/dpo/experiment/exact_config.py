@@ -102,7 +102,7 @@ class ExactStudyConfig(Section):
 
 
 def quick_form(config: ExactStudyConfig) -> ExactStudyConfig:
-    """The study in a minute and a half: one seed, one strength of most methods, fewer steps."""
+    """The study in about a minute: one seed, one strength of most methods, fewer steps."""
 
     def shorter(fit: FitSettings) -> FitSettings:
         return fit.model_copy(update={"steps": max(1, fit.steps // 3)})

@@ -21,7 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -127,6 +132,22 @@ def fresh_architecture(
     return Architecture(config, ModelSource("", local=True), None, pure_bf16)
 
 
+def classifier_parameters(source: ModelSource) -> int:
+    """How many numbers a sequence classifier has, by its configuration.
+
+    Raises:
+        InputError: there is no such model, or it is no classifier.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.path, **source.arguments())
+        remote = {"trust_remote_code": source.trust_remote_code}
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, **remote)
+    except Exception as error:  # transformers raises its own types
+        raise explain(error, "model", source) from error
+    return sum(p.numel() for p in model.parameters())
+
+
 # -- counts --------------------------------------------------------------------------------------
 
 
@@ -158,6 +179,7 @@ def measure_model(model: nn.Module) -> ModelSize:
         tied=head.weight is embedding.weight,
         head_trained=bool(head.weight.requires_grad),
         largest=max(trained),
+        embedding_trained=embedding.weight.numel() if embedding.weight.requires_grad else 0,
     )
 
 

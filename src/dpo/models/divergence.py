@@ -81,18 +81,21 @@ def sample_on_policy(
     samples_per_prompt: int = 1,
     seed: int = 0,
     precision: str = "fp32",
+    numbers: Sequence[int] | None = None,
 ) -> list[SampledResponse]:
     """The policy's own responses at temperature 1, (P * samples_per_prompt,), prompt after prompt.
 
     Args:
         prompts: token ids of each prompt.
         stop_ids: tokens that end a response.
+        numbers: what the prompts' random numbers belong to; their places, if not given.
     """
-    pairs = [(i, s) for i in range(len(prompts)) for s in range(samples_per_prompt)]
+    named = enumerate(prompts) if numbers is None else zip(numbers, prompts, strict=True)
+    asked = [(i, s, prompt) for i, prompt in named for s in range(samples_per_prompt)]
     return generate(
         policy,
-        [prompts[i] for i, _ in pairs],
-        keys=[f"kl/{i}/{s}" for i, s in pairs],
+        [prompt for _, _, prompt in asked],
+        keys=[f"kl/{i}/{s}" for i, s, _ in asked],
         temperature=1.0,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
@@ -113,17 +116,10 @@ def kl_of_samples(
     """`KL(pi || pi_ref)` from the policy's own samples (`sample_on_policy`), as many to each
     prompt; see `on_policy_kl`.
     """
-    per_prompt = len(samples) // len(prompts)
-    of_sample = [prompt for prompt in prompts for _ in range(per_prompt)]
-    sequences = [
-        TokenSequence((*prompt, *sample.drawn), len(prompt))
-        for prompt, sample in zip(of_sample, samples, strict=True)
-    ]
-    kl, entropies = kl_and_entropy(
-        policy, reference, sequences, max_tokens=max_tokens, precision=precision
+    kl, a_token = along_samples(
+        policy, reference, prompts, samples, max_tokens=max_tokens, precision=precision
     )
     mean, stderr = mean_over_prompts(kl, num_prompts=len(prompts))
-    a_token = entropies / np.array([s.num_scored for s in sequences])
     entropy, entropy_stderr = mean_over_prompts(a_token, num_prompts=len(prompts))
     return KLEstimate(
         mean=mean,
@@ -131,10 +127,33 @@ def kl_of_samples(
         num_prompts=len(prompts),
         num_samples=len(samples),
         truncated=sum(sample.truncated for sample in samples) / len(samples),
-        tokens=sum(s.num_scored for s in sequences) / len(sequences),
+        tokens=sum(len(sample.drawn) for sample in samples) / len(samples),
         entropy=entropy,
         entropy_stderr=entropy_stderr,
     )
+
+
+def along_samples(
+    policy: nn.Module,
+    reference: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    samples: Sequence[SampledResponse],
+    *,
+    max_tokens: int = 16_384,
+    precision: str = "fp32",
+) -> tuple[Values, Values]:
+    """`sequence_kl` of each sample, (S,), in nats, and the mean of the policy's entropies along it,
+    (S,), in nats a token. There are as many samples to each prompt, prompt after prompt.
+    """
+    of_sample = [p for p in prompts for _ in range(len(samples) // len(prompts))]
+    sequences = [
+        TokenSequence((*prompt, *sample.drawn), len(prompt))
+        for prompt, sample in zip(of_sample, samples, strict=True)
+    ]
+    kl, entropies = kl_and_entropy(
+        policy, reference, sequences, max_tokens=max_tokens, precision=precision
+    )
+    return kl, entropies / np.array([s.num_scored for s in sequences])
 
 
 def mean_over_prompts(values: Values, *, num_prompts: int) -> tuple[float, float]:

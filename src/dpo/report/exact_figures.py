@@ -36,6 +36,7 @@ from dpo.report.style import (
     paper_style,
     save_figure,
 )
+from dpo.report.tables import seeds_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ def frontier_figure(study: ExactStudy, stem: Path) -> list[Path]:
         caption(
             figure,
             "Large: a method at the end of its training, at one strength. Small: on the way there. "
-            f"Mean over\n{_seeds(study)}; bars: 95% (Student). Efficiencies below "
+            f"Mean over\n{seeds_in_words(study.seeds)}; bars: 95% (Student). Efficiencies below "
             f"{LEAST_EFFICIENCY:g} are not drawn.",
         )
         rows = [
@@ -126,7 +127,7 @@ def data_figure(study: ExactStudy, stem: Path) -> list[Path]:
         right.set(ylabel="Error of the implicit reward (rms)")
         right.set_ylim(bottom=0)
         right.legend()
-        caption(figure, f"Mean over {_seeds(study)}; bars: 95% (Student).")
+        caption(figure, f"Mean over {seeds_in_words(study.seeds)}; bars: 95% (Student).")
         header = [
             "seed",
             "pairs",
@@ -179,14 +180,9 @@ def time_figure(study: ExactStudy, stem: Path) -> list[Path]:
         caption(
             figure,
             f"beta {study.beta:g}; the reward model's training counts.\n"
-            f"Mean over {_seeds(study)}; bars: 95% (Student).",
+            f"Mean over {seeds_in_words(study.seeds)}; bars: 95% (Student).",
         )
         return save_figure(figure, stem, ["seed", "method", "step", "seconds", "gain"], rows)
-
-
-def _seeds(study: ExactStudy) -> str:
-    count = len(study.seeds)
-    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def _points(

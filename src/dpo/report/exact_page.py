@@ -23,7 +23,15 @@ from dpo.report.exact_tables import (
     rate_table,
     reward_model_table,
 )
-from dpo.report.tables import Cells, Tables, markdown, on_screen, save_tables, spread
+from dpo.report.tables import (
+    Cells,
+    Tables,
+    markdown,
+    on_screen,
+    save_tables,
+    seeds_in_words,
+    spread,
+)
 
 
 def write_exact_study(study: ExactStudy) -> None:
@@ -39,7 +47,7 @@ def write_exact_study(study: ExactStudy) -> None:
     save_tables(study.folder, found)
     write_text(study.folder / "README.md", page(study))
     console = Console()
-    console.print(on_screen(f"Frontiers, {len(study.seeds)} seeds", found["frontier"]))
+    console.print(on_screen(f"Frontiers, {seeds_in_words(study.seeds)}", found["frontier"]))
     console.print(Text(f"Page: {study.folder / 'README.md'}"))
 
 
@@ -172,8 +180,8 @@ WHAT_IT_DOES_NOT_SHOW = """\
   the KL of the greedy policy (about 5 nats) efficiency is high by itself.
 - Steps, learning rates and the size of online DPO's rounds were chosen by hand, in a few trials
   with seed 0; the effect of the rate is in a table above. Strengths, online DPO's rounds and the
-  way in which strengths are joined to a frontier were changed after a first run on seeds 1 to 5,
-  which the recorded run has used again: fresh seeds would be a better test.
+  way in which strengths are joined to a frontier were changed after a first run on seeds 1 to 5;
+  later seeds are fresh.
 - Responses have four words, models 0.1 million parameters. Sampling is cheap here and generation is
   most of PPO's cost in large models; capacity is ample, so that approximation errors of small
   policies are not in these numbers.

@@ -32,6 +32,7 @@ from dpo.report.style import (
     paper_style,
     save_figure,
 )
+from dpo.report.tables import seeds_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,8 +70,8 @@ def frontier_figure(study: FrontierStudy, stem: Path) -> list[Path]:
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=4)
         caption(
             figure,
-            f"A marker: one strength, mean over {_seeds(study)}; bars: 95% (Student). "
-            "Right: runs of DPO and PPO.",
+            f"A marker: one strength, mean over {seeds_in_words(study.seeds)}; bars: 95% "
+            "(Student). Right: runs of DPO and PPO.",
         )
         return save_figure(figure, stem, HEADER, _numbers(study))
 
@@ -182,7 +183,10 @@ def shift_figure(study: FrontierStudy, stem: Path) -> list[Path]:
             axes.grid(visible=False, axis="x")
         panels[0].set_ylabel("True reward")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
-        caption(figure, f"Held-out questions; mean over {_seeds(study)}, bars: 95% (Student).")
+        caption(
+            figure,
+            f"Held-out questions; mean over {seeds_in_words(study.seeds)}, bars: 95% (Student).",
+        )
         header = ["seed", "kind", "method", "strength", "without", "on_kind", "kl", "reward"]
         numbers = [[getattr(row, name) for name in header] for row in rows]
         return save_figure(figure, stem, header, numbers)
@@ -224,10 +228,5 @@ def cost_figure(study: FrontierStudy, stem: Path) -> list[Path]:
         axes.set(xlabel="Seconds of training", ylabel="Area, share of the optimum's")
         axes.set_xlim(left=0)
         figure.legend(loc="outside upper left", ncols=2)
-        caption(figure, f"Mean over {_seeds(study)}; bars: 95% (Student).")
+        caption(figure, f"Mean over {seeds_in_words(study.seeds)}; bars: 95% (Student).")
         return save_figure(figure, stem, ["seed", "method", "seconds", "area_share"], rows)
-
-
-def _seeds(study: FrontierStudy) -> str:
-    count = len(study.seeds)
-    return "one seed" if count == 1 else f"{count} seeds"

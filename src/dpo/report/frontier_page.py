@@ -48,7 +48,15 @@ from dpo.report.frontier_study import (
     rewards_at,
     seconds,
 )
-from dpo.report.tables import Cells, Tables, markdown, on_screen, save_tables, spread
+from dpo.report.tables import (
+    Cells,
+    Tables,
+    markdown,
+    on_screen,
+    save_tables,
+    seeds_in_words,
+    spread,
+)
 
 ON_SCREEN = 5
 """Columns that fit into a terminal."""
@@ -67,7 +75,7 @@ def write_frontier_study(study: FrontierStudy) -> None:
     write_text(study.folder / "README.md", page(study))
     console = Console()
     narrow = [line[:ON_SCREEN] for line in found["frontier"]]
-    console.print(on_screen(f"Frontiers, {_seeds(study)}", narrow))
+    console.print(on_screen(f"Frontiers, {seeds_in_words(study.seeds)}", narrow))
     console.print(Text(f"Page: {study.folder / 'README.md'}"))
 
 
@@ -580,8 +588,3 @@ def shift_sentence(rows: Sequence[ShiftResult]) -> str:
         said = "loses" if high < 0 else "gains" if low > 0 else "neither clearly loses nor gains"
         parts.append(f"{method} {said} ({spread(gaps, 2, signed=True)})")
     return f"On the kind that the preferences left out: {'; '.join(parts)}."
-
-
-def _seeds(study: FrontierStudy) -> str:
-    count = len(study.seeds)
-    return "one seed" if count == 1 else f"{count} seeds"

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo.atomic import write_text
@@ -28,7 +27,7 @@ from dpo.report.style import (
     plain,
     save_figure,
 )
-from dpo.report.tables import Tables, save_tables
+from dpo.report.tables import Tables, columns, on_screen, save_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +113,9 @@ def write_loss_study(study: LossStudy) -> None:
     loss_figure(study.rows, study.folder / "figures" / "reward_kl")
     save_tables(study.folder, tables(study))
     write_text(study.folder / "README.md", page(study))
-    table = Table(title=f"{study.num_questions} held-out questions, temperature 1")
-    shown = [COLUMNS.index(name) for name in ON_SCREEN]
-    for name in ON_SCREEN:
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for row in study.rows:
-        line = cells(row)
-        table.add_row(*(Text(line[place]) for place in shown))
+    title = f"{study.num_questions} held-out questions, temperature 1"
     console = Console()
-    console.print(table)
+    console.print(on_screen(title, columns(tables(study)["losses"], ON_SCREEN)))
     console.print(Text(f"Page: {study.folder / 'README.md'}"))
 
 

@@ -11,19 +11,11 @@ from rich.console import Console
 from dpo.config_files import nested, validate
 from dpo.core.machines import GIB, GPUS, UTILISATION, Machine
 from dpo.errors import InputError
-from dpo.plan_config import MachineConfig, PreferencePlanConfig, SFTPlanConfig
+from dpo.plan_config import MachineConfig, PlanConfig
 from dpo.report.tables import on_screen
-from dpo.train.estimate import (
-    Estimate,
-    RunData,
-    describe,
-    estimate,
-    in_words,
-    read_data,
-    this_machine,
-)
-
-PlanConfig = SFTPlanConfig | PreferencePlanConfig
+from dpo.train.estimate import Estimate, estimate, in_words, needs_in_words, steps_in_words
+from dpo.train.run_data import RunData, read_data
+from dpo.train.this_machine import this_machine
 
 RECOMPUTED: dict[str, Any] = {"gradient_checkpointing": True}
 IN_BACKWARD: dict[str, Any] = {"optimizer.in_backward": True, "optimizer.max_grad_norm": None}
@@ -77,7 +69,8 @@ def print_plan(config: PlanConfig, *, trust_remote_code: bool = False) -> None:
     trials = list(_trials(config, data, machine, trust_remote_code=trust_remote_code))
     room = machine.memory_gib * GIB * (1 - config.machine.margin)
     console = Console()
-    for line in describe(config, data, trials[0].found):
+    first = trials[0].found
+    for line in (steps_in_words(config, data, first), *needs_in_words(data, first)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(on_screen(_title(config.machine, machine), table_of(trials, room)))
     console.print(advice(trials, room), markup=False, highlight=False, soft_wrap=True)
@@ -135,7 +128,7 @@ def table_of(trials: list[Trial], room: float) -> list[list[str]]:
             [
                 trial.words.replace(" ", "\n") or "as given",  # a line each: none is cut
                 in_words(found.device_bytes),
-                in_words(found.peak.total),
+                in_words(found.held),
                 f"{found.seconds:.3g}",
                 "yes" if found.device_bytes <= room else "no",
             ]

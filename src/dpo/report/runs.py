@@ -1,6 +1,4 @@
-"""What a finished run or evaluation leaves for the eye: figures in its folder, a table on the
-screen.
-"""
+"""What a finished run leaves for the eye: figures in its folder, a table on the screen."""
 
 from __future__ import annotations
 
@@ -12,12 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo.errors import InputError
-from dpo.evaluate.jobs import Evaluation
-from dpo.evaluate.paired import PairedTest, power_lines
-from dpo.evaluate.tables import render_win_rates
-from dpo.evaluate.true_reward import RewardRow
-from dpo.report.figures import head_to_head_figure, run_curves_figure, win_rate_figure
-from dpo.report.judges import agreement_table, head_to_head_table
+from dpo.report.figures import run_curves_figure
 from dpo.train.held_out import HELD_OUT
 from dpo.train.run import read_manifest, read_metrics
 
@@ -88,77 +81,3 @@ def run_ends(folder: Path, metrics: list[dict[str, Any]]) -> dict[str, dict[str,
     best_step = read_manifest(folder).get("best_step", 0)
     best = next((row for row in held_out if row["step"] == best_step), held_out[-1])
     return {"start": held_out[0], "best": best, "end": held_out[-1]}
-
-
-def finish_evaluation(evaluation: Evaluation) -> None:
-    """Draw the win rates, those of the other judges too, and print the tables."""
-    evaluation_figures(evaluation, evaluation.folder / "figures")
-    console = Console()
-    console.print(render_win_rates(evaluation.table))
-    if evaluation.rewards:
-        console.print(reward_table(evaluation.rewards))
-    if evaluation.tests:
-        console.print(tests_table(evaluation.tests))
-    for line in power_lines(evaluation.tests):
-        console.print(Text(line))
-    if evaluation.duels:
-        console.print(head_to_head_table(evaluation.duels.table))
-        if evaluation.duels.agreement:
-            console.print(agreement_table(evaluation.duels.agreement))
-    console.print(Text(f"Tables and figures: {evaluation.folder}"))
-
-
-def evaluation_figures(evaluation: Evaluation, figures: Path) -> None:
-    """The win rates, and head to head where judges were asked."""
-    win_rate_figure(evaluation.table, figures / "win_rate")
-    if evaluation.duels and evaluation.duels.table:
-        head_to_head_figure(evaluation.duels.table, figures / "head_to_head")
-
-
-def reward_table(rows: list[RewardRow]) -> Table:
-    """True reward with its interval, and what it is made of."""
-    table = Table(title="True reward (embedded data)")
-    table.add_column("model")
-    for name in ("temperature", "n", "reward", "95% interval", "right", "polite", "rude"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            Text(row.model),
-            f"{row.temperature:g}",
-            str(row.n),
-            f"{row.reward:.2f}",
-            f"[{row.low:.2f}, {row.high:.2f}]".replace("[", r"\["),
-            f"{row.right:.0%}",
-            f"{row.polite:.0%}",
-            f"{row.rude:.0%}",
-        )
-    return table
-
-
-def tests_table(tests: list[PairedTest]) -> Table:
-    """Differences of win rates on the same prompts, with tests corrected for their number."""
-    table = Table(title="Paired tests on the same prompts (p values after Holm's correction)")
-    for name in ("a", "b"):
-        table.add_column(name)
-    for name in (
-        "temperature",
-        "prompts",
-        "win rate a - b",
-        "95% interval",
-        "McNemar p",
-        "margin p",
-    ):
-        table.add_column(name, justify="right")
-    for test in tests:
-        difference = "" if test.difference is None else f"{test.difference:+.1%}"
-        table.add_row(
-            Text(test.model_a),
-            Text(test.model_b),
-            "" if test.temperature is None else f"{test.temperature:g}",
-            str(test.num_prompts),
-            difference,
-            Text(f"[{test.low:+.1%}, {test.high:+.1%}]"),
-            f"{test.mcnemar_p_holm:.3f}",
-            f"{test.permutation_p_holm:.3f}",
-        )
-    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import BaseModel
@@ -41,5 +42,15 @@ def settings_of(schema: type[BaseModel], prefix: str = "") -> list[tuple[str, st
 def _default(field: Any) -> str:
     if field.is_required():
         return "required"
-    default = field.get_default(call_default_factory=True)
-    return "" if default is PydanticUndefined else str(default)
+    return as_written(field.get_default(call_default_factory=True))
+
+
+def as_written(value: Any) -> str:
+    """A value as it is written in a YAML file or on the command line.
+
+    >>> as_written(None), as_written(True), as_written(1e-6), as_written([1.0, 0.3])
+    ('null', 'true', '1e-06', '[1.0, 0.3]')
+    """
+    if value is PydanticUndefined:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -16,16 +16,23 @@ from dpo.data.audit import visible
 from dpo.evaluate.head_to_head import HeadToHead
 from dpo.evaluate.paired import PairedTest, power_lines
 from dpo.evaluate.records import ScoredGeneration
-from dpo.evaluate.tables import render_win_rates
+from dpo.report.evaluation_screen import evaluation_figures, evaluation_tables
 from dpo.report.exact_study import DPO
 from dpo.report.figures import TrainingCurve, training_curves_figure
 from dpo.report.frontier_study import Cost
-from dpo.report.runs import evaluation_figures, tests_table
 from dpo.report.study_claims import claims_table
 from dpo.report.study_results import SFT, CellResult, Study
-from dpo.report.tables import Cells, Tables, markdown, on_screen, save_tables, spread
+from dpo.report.tables import Cells, Tables, columns, markdown, on_screen, save_tables, spread
 
 NUM_SAMPLES = 8
+COST_ON_SCREEN = (
+    "method",
+    "seconds",
+    "peak memory (MB)",
+    "gradient steps",
+    "responses drawn",
+    "settings",
+)
 
 
 def write_study(study: Study) -> None:
@@ -47,9 +54,9 @@ def write_study(study: Study) -> None:
     write_text(study.folder / "README.md", page(study, samples))
     console = Console()
     console.print(on_screen("Held-out metrics at the end of training", found["methods"]))
-    console.print(on_screen("Cost of a run", found["cost"]))
-    console.print(render_win_rates(study.evaluation.table))
-    console.print(tests_table(study.evaluation.tests))
+    console.print(on_screen("Cost of a run", columns(found["cost"], COST_ON_SCREEN)))
+    for table in evaluation_tables(study.evaluation):
+        console.print(table, "")
     for line in power_lines(study.evaluation.tests):
         console.print(Text(line))
     console.print(Text(f"Page: {study.folder / 'README.md'}   figures: {figures}"))

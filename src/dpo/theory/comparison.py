@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from dpo.core import exact, rewards
 from dpo.theory import toys
-from dpo.theory.registry import Measurement, check
+from dpo.theory.registry import Z_LIMIT, Measurement, check
 
 LOG_REF = toys.vector(0.35, 0.3, 0.2, 0.15).log()
 REWARD = toys.vector(1.2, 0.4, -0.3, -1.0)
@@ -98,7 +98,7 @@ def _initial_gradient(preference: Tensor, beta: float) -> Tensor:
 
 @check(
     "C03-first-step",
-    "At π_θ = π_ref with on-policy pairs ∇L_DPO = −2β∇P(π_θ≻π_ref) = −2β Cov_ref(p(y≻π_ref), s).",
+    "At π_θ = π_ref with on-policy pairs ∇L_DPO = −2β∇p(π_θ≻π_ref) = −2β Cov_ref(p(y≻π_ref), s).",
     tolerance=1e-9,
 )
 def first_step(*, factor: float = 1.0) -> Measurement:
@@ -197,8 +197,20 @@ def regret_identity(*, factor: float = 1.0) -> Measurement:
 
 
 def _regret_example() -> dict[str, float]:
-    """Regret and both bounds for one reward error, pairs drawn from the reference."""
-    beta, delta = 2.0, toys.vector(0.0, 0.0, 0.0, 1.0)
+    """Regret and both bounds for one reward error, pairs drawn from the reference; the bounds at a
+    smaller beta as well.
+    """
+    found, small = _bounds(2.0), _bounds(0.5)
+    return found | {
+        "cover_small": small["cover"],
+        "oscillation_small": small["oscillation_bound"],
+        "coverage_small": small["coverage_bound"],
+    }
+
+
+def _bounds(beta: float) -> dict[str, float]:
+    """Regret and both bounds when the last response is overrated by 1."""
+    delta = toys.vector(0.0, 0.0, 0.0, 1.0)
     best = exact.optimal_log_policy(REWARD, LOG_REF, beta=beta)
     fitted = exact.optimal_log_policy(REWARD + delta, LOG_REF, beta=beta)
     grid = torch.linspace(0, 1, 101, dtype=torch.float64)
@@ -369,8 +381,8 @@ def unseen_mass(*, factor: float = 1.0) -> Measurement:
 
 @check(
     "C12-displacement",
-    "Along the gradient flow d log π_w/dt = βσ(−u)⟨φ_w−E_πφ, φ_w−φ_l⟩: it can fall; the margin "
-    "never does.",
+    "Along the gradient flow d log π_w/dt = βσ(−u)⟨φ_w−E_πφ, φ_w−φ_l⟩: it can fall; "
+    "du/dt = β²σ(−u)‖φ_w−φ_l‖² cannot.",
     tolerance=1e-6,
 )
 def displacement(*, factor: float = 1.0) -> Measurement:
@@ -393,6 +405,9 @@ def displacement(*, factor: float = 1.0) -> Measurement:
         mean = log_ref.exp() @ features
         claimed = beta * 0.5 * float((features[0] - mean) @ (features[0] - features[1]))
         error = max(error, abs(rate - factor * claimed))
+        gap = features[0] - features[1]
+        rise = beta * float(gap @ moved) / step
+        error = max(error, abs(rise - factor * beta**2 * 0.5 * float(gap @ gap)))
         values[f"rate_{name}"] = rate
         for time in range(100):
             if time % 4 == 0:
@@ -535,12 +550,15 @@ def asymptotic_normality(*, factor: float = 1.0) -> Measurement:
     "Misspecified: the covariance is H⁻¹GH⁻¹ with G the covariance of the score, not H⁻¹.",
 )
 def sandwich(*, factor: float = 1.0) -> Measurement:
-    """Covariance of 4,000 refits to preferences outside the class against the sandwich."""
-    p = toys.vector(0.9, 0.3, 0.8, 0.2, 0.85, 0.9)
+    """Covariance of 4,000 refits to preferences outside the class against the sandwich; the
+    inverse Hessian is far from it.
+    """
+    p = toys.vector(0.5, 0.98, 0.98, 0.5, 0.5, 0.02)
     deviations, curvature, covariance = _refit(p, 0.5, 196)
     inverse = torch.linalg.inv(curvature)
     outer = torch.einsum("ri,rj->rij", deviations, deviations)
-    return Measurement(toys.z_score(outer, factor * inverse @ covariance @ inverse))
+    error = toys.z_score(outer, factor * inverse @ covariance @ inverse)
+    return Measurement(error if toys.z_score(outer, inverse) > Z_LIMIT else math.inf)
 
 
 @check(
@@ -587,13 +605,13 @@ def intransitivity(*, factor: float = 1.0) -> Measurement:
     against_ref = cycle @ log_ref.exp()
     return Measurement(
         max(toys.deviation(torch.softmax(found, -1), claimed), abs(exploit)),
-        {"exploit_ref": float(against_ref.max())},
+        {"exploit_ref": float(against_ref.max()), "q": float(cycle[0, 1])},
     )
 
 
 @check(
     "C20-win-rate-objective",
-    "P(π≻π_ref) − β KL is maximised by the tilt with p(·≻π_ref), which beats the reward tilt at "
+    "p(π≻π_ref) − β KL is maximised by the tilt with p(·≻π_ref), which beats the reward tilt at "
     "equal KL.",
     tolerance=1e-8,
 )
@@ -698,3 +716,73 @@ def excess_loss(*, factor: float = 1.0) -> Measurement:
     large = max(ratio(toys.normal(s, 2), toys.normal(s + 1, 2)) for s in range(300, 400, 2))
     small = ratio(toys.vector(0.0, 0.0), toys.vector(1e-3, -1e-3))
     return Measurement(abs(small - factor) if large <= factor else math.inf)
+
+
+@check(
+    "C24-relative-noise",
+    "For r* = c r₁, c→0: c² times DPO's relative variance at π_ref tends to 2 tr F/‖Cov(r₁,s)‖²; "
+    "with the true reward it stays.",
+    tolerance=1e-4,
+)
+def relative_noise(*, factor: float = 1.0) -> Measurement:
+    """Enumerated variances at three sizes of the reward; the pairwise estimator's mean against
+    differences of the expected reward.
+    """
+    ref, score = LOG_REF.exp(), _score(LOG_REF)
+    fisher = float(ref @ score.pow(2).sum(-1))
+    covariance = (ref * REWARD) @ score
+    c = 1e-3
+    small, tenth, whole = (_relative_noise(size * REWARD) for size in (c, 0.1, 1.0))
+    limit = factor * 2 * fisher / float(covariance @ covariance)
+    error = max(abs(c**2 * small[0] / limit - 1), abs(tenth[1] / whole[1] - 1))
+
+    def expected(z: Tensor) -> Tensor:
+        return torch.softmax(z, dim=-1) @ REWARD
+
+    gap = REWARD.unsqueeze(1) - REWARD.unsqueeze(0)
+    difference = score.unsqueeze(1) - score.unsqueeze(0)
+    mean = 0.5 * torch.einsum("ij,ijk->k", torch.outer(ref, ref) * gap, difference)
+    return Measurement(max(error, toys.deviation(mean, toys.gradient(expected, LOG_REF.clone()))))
+
+
+@check(
+    "C25-regret-sampling",
+    "J(π_r) − J(π_{r+δ}) = E_π̂ δ + β log E_π̂ e^{−δ/β}, by sampling penalised rewards of both "
+    "policies.",
+)
+def regret_sampling(*, factor: float = 1.0) -> Measurement:
+    """Mean of r - beta log(pi/pi_ref) over responses of the best and of the fitted policy."""
+    beta, num_samples = 0.5, 400_000
+    delta = toys.vector(-0.5, 0.3, 0.8, 1.2)
+    best = exact.optimal_log_policy(REWARD, LOG_REF, beta=beta)
+    fitted = exact.optimal_log_policy(REWARD + delta, LOG_REF, beta=beta)
+    sampled: list[Tensor] = []
+    for policy, seed in ((best, 210), (fitted, 211)):
+        drawn = toys.draw(policy.exp(), num_samples, seed)
+        sampled.append((REWARD - beta * (policy - LOG_REF))[drawn])
+    tilt = beta * exact.expectation(torch.exp(-delta / beta), fitted).log()
+    claimed = factor * (exact.expectation(delta, fitted) + tilt)
+    return Measurement(toys.z_score(sampled[0] - sampled[1], claimed))
+
+
+@check(
+    "C26-projection-sampling",
+    "The mean DPO loss of sampled Bradley-Terry pairs is H(labels) + E_pairs KL(p* ‖ σ(βΔ_θ)).",
+)
+def projection_sampling(*, factor: float = 1.0) -> Measurement:
+    """Draw pairs and labels, average the loss of a random policy; compare with entropy plus
+    divergence.
+    """
+    beta, num_pairs, ref = 0.4, 400_000, LOG_REF.exp()
+    preference = rewards.preference_table(REWARD)
+    h = 3 * toys.normal(212, 4)
+    pairs = toys.draw(ref, 2 * num_pairs, 213).reshape(-1, 2)
+    wins = toys.coin(preference[pairs[:, 0], pairs[:, 1]], 214)
+    margin = (2 * wins - 1) * beta * (h[pairs[:, 0]] - h[pairs[:, 1]])
+    model = rewards.preference_table(beta * h)
+    two_points = torch.stack([preference, preference.T], dim=-1).log()
+    fitted = torch.stack([model, model.T], dim=-1).log()
+    weights = torch.outer(ref, ref)
+    entropy = (weights * -exact.expectation(two_points, two_points)).sum()
+    gap = (weights * exact.kl(two_points, fitted)).sum()
+    return Measurement(toys.z_score(softplus(-margin), entropy + factor * gap))

@@ -216,13 +216,14 @@ def dpo_at_reference(*, factor: float = 1.0) -> Measurement:
 
 @check(
     "O09-dpo-minimiser",
-    "With Bradley-Terry labels and connected pairs the population DPO loss is minimised by π_r*, "
-    "whatever "
-    "the sampler.",
+    "With Bradley-Terry labels and connected pairs (or Plackett-Luce rankings) the population DPO "
+    "loss is minimised by π_r*, whatever the sampler.",
     tolerance=1e-8,
 )
 def dpo_minimiser(*, factor: float = 1.0) -> Measurement:
-    """Minimise over all policies for three samplers of pairs; compare with the Gibbs policy."""
+    """Minimise over all policies for three samplers of pairs and for rankings of three, or their
+    first places; compare with the Gibbs policy.
+    """
     beta, error = 0.5, 0.0
     claimed = exact.optimal_log_policy(factor * REWARD, LOG_REF, beta=beta)
     preference = rewards.preference_table(REWARD)
@@ -238,7 +239,25 @@ def dpo_minimiser(*, factor: float = 1.0) -> Measurement:
 
         found = torch.log_softmax(toys.minimise(loss, LOG_REF.clone()), dim=-1)
         error = max(error, toys.deviation(found, claimed))
+    for top_k in (1, 2):
+        found = _ranking_minimiser(beta, top_k)
+        error = max(error, toys.deviation(found, claimed))
     return Measurement(error)
+
+
+def _ranking_minimiser(beta: float, top_k: int) -> Tensor:
+    """Minimiser over policies of the population listwise loss: two overlapping sets of three
+    responses are ranked, and the first top_k places are seen.
+    """
+    orders = toys.all_rankings(3)
+    orders = torch.cat([orders, orders + 1])
+    law = rewards.plackett_luce_log_prob(REWARD[orders]).exp()
+
+    def loss(logits: Tensor) -> Tensor:
+        h = torch.log_softmax(logits, dim=-1) - LOG_REF
+        return -(law * rewards.plackett_luce_log_prob(beta * h[orders], top_k=top_k)).sum()
+
+    return torch.log_softmax(toys.minimise(loss, LOG_REF.clone()), dim=-1)
 
 
 @check(
@@ -370,13 +389,13 @@ def convexity(*, factor: float = 1.0) -> Measurement:
 
 @check(
     "O14-early-stopping",
-    "Gradient flow of the DPO loss from π_ref has KL ∝ β²t² at first: the order in β reverses at "
-    "convergence.",
+    "Gradient flow of the DPO loss from π_ref has KL = β²t² gᵀFg/8 at first: the order in β "
+    "reverses at convergence.",
     tolerance=0.03,
 )
 def early_stopping(*, factor: float = 1.0) -> Measurement:
-    """Integrate the flow for two betas; the early KL ratio is (beta2/beta1)^2, the late one below
-    1.
+    """Integrate the flow for two betas; compare the early KL with the formula, and see that its
+    ratio is above 1 and the late one below.
     """
     preference = rewards.preference_table(REWARD)
     uniform = torch.full((4, 4), 1 / 16, dtype=torch.float64)
@@ -390,8 +409,89 @@ def early_stopping(*, factor: float = 1.0) -> Measurement:
             logits = logits - rate * torch.autograd.grad(loss, leaf)[0]
         return float(exact.kl(torch.log_softmax(logits, dim=-1), LOG_REF))
 
-    early = flow(1.0, 1e-3, 20) / flow(0.5, 1e-3, 20)
+    ref, eye = LOG_REF.exp(), torch.eye(4, dtype=torch.float64)
+    score = eye - ref
+    fisher = torch.einsum("y,yi,yj->ij", ref, score, score)
+    sign = (preference - preference.T) * uniform
+    g = torch.einsum("ij,ijk->k", sign, score.unsqueeze(1) - score.unsqueeze(0))
+    rate, steps, error = 1e-3, 20, 0.0
+    early: list[float] = []
+    for beta in (0.5, 1.0):
+        early.append(flow(beta, rate, steps))
+        claimed = factor * (beta * rate * steps) ** 2 / 8 * float(g @ fisher @ g)
+        error = max(error, abs(early[-1] / claimed - 1))
     small, large = _tilt(0.5)[1], _tilt(1.0)[1]
-    error = abs(early / (4.0 * factor) - 1)
-    values = {"early_ratio": early, "late_ratio": large / small}
+    values = {"early_ratio": early[1] / early[0], "late_ratio": large / small}
     return Measurement(error if large < small else math.inf, values)
+
+
+@check(
+    "O15-pl-gradient-sampling",
+    "Sampled rankings average to the gradient −β E Σ_k [s_τ(k) − Σ_{j≥k} w_kj s_τ(j)] of the "
+    "population loss.",
+)
+def pl_gradient_sampling(*, factor: float = 1.0) -> Measurement:
+    """Draw Plackett-Luce rankings; compare the mean of the per-ranking formula with differences."""
+    beta, logits = 0.5, toys.normal(62, 4)
+    rankings = toys.all_rankings(4)
+    law = rewards.plackett_luce_log_prob(REWARD[rankings]).exp()
+
+    def loss(z: Tensor) -> Tensor:
+        h = torch.log_softmax(z, dim=-1) - LOG_REF
+        return -(law * rewards.plackett_luce_log_prob(beta * h[rankings])).sum()
+
+    h = torch.log_softmax(logits, dim=-1) - LOG_REF
+    ordered = rewards.sample_rankings(REWARD, 200_000, generator=toys.generator(63))
+    score = torch.eye(4, dtype=torch.float64) - torch.softmax(logits, dim=-1)
+    per_ranking = torch.zeros(len(ordered), 4, dtype=torch.float64)
+    for k in range(3):
+        rest = ordered[:, k:]
+        weight = torch.softmax(beta * h[rest], dim=-1)
+        mean = (weight.unsqueeze(-1) * score[rest]).sum(dim=1)
+        per_ranking -= factor * beta * (score[ordered[:, k]] - mean)
+    return Measurement(toys.z_score(per_ranking, toys.gradient(loss, logits)))
+
+
+@check(
+    "O16-gibbs-inequality",
+    "KL(p‖q) = Σ_y q φ(p/q) with φ(t) = t log t − t + 1 ≥ 0, zeros of p included; so KL ≥ 0.",
+    tolerance=1e-12,
+)
+def gibbs_inequality(*, factor: float = 1.0) -> Measurement:
+    """The divergence of random distributions, some with zeros, against the sum of terms of one
+    sign.
+    """
+    error = 0.0
+    for seed in range(50):
+        p, q = toys.log_policy(300 + seed, 6), toys.log_policy(400 + seed, 6)
+        if seed % 2:
+            p = torch.log_softmax(p.index_fill(0, torch.tensor([1, 4]), -math.inf), dim=-1)
+        ratio = (p - q).exp()
+        terms = torch.special.xlogy(ratio, ratio) - ratio + 1
+        error = max(error, abs(float(exact.kl(p, q) - factor * (q.exp() * terms).sum())))
+        if float(terms.min()) < 0:
+            error = math.inf
+    return Measurement(error)
+
+
+@check(
+    "O17-beta-sampling",
+    "Sampled variances give −β² dE_{π_β}r/dβ and −β³ dKL/dβ, and under π_ref the limit of 2β² KL.",
+)
+def beta_sampling(*, factor: float = 1.0) -> Measurement:
+    """Squared deviations of rewards drawn from the optimum and from the reference against finite
+    differences of the exact reward and KL, and the exact KL at beta = 1000.
+    """
+    beta, step, num_samples = 0.7, 1e-4, 400_000
+    policy = exact.optimal_log_policy(REWARD, LOG_REF, beta=beta)
+    (up_r, up_k, _), (low_r, low_k, _) = _tilt(beta + step), _tilt(beta - step)
+    slopes = (beta**2 * (up_r - low_r), beta**3 * (up_k - low_k))
+    error = 0.0
+    for log_probs, seed, found in (
+        (policy, 64, [-slope / (2 * step) for slope in slopes]),
+        (LOG_REF, 65, [2 * 1000.0**2 * _tilt(1000.0)[1]]),
+    ):
+        drawn = REWARD[toys.draw(log_probs.exp(), num_samples, seed)]
+        squared = factor * (drawn - exact.expectation(REWARD, log_probs)) ** 2
+        error = max(error, *(toys.z_score(squared, value) for value in found))
+    return Measurement(error)

@@ -5,6 +5,7 @@ graphs).
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -274,3 +275,46 @@ def mm_algorithm(*, factor: float = 1.0) -> Measurement:
     error = toys.deviation(estimate - estimate.mean(), newton - newton.mean())
     centred = newton - newton.mean() + REWARD.mean()
     return Measurement(error, {f"r{i}": float(centred[i]) for i in range(4)})
+
+
+def _choices(members: list[int], log_cdf: toys.Function, log_density: toys.Function) -> Tensor:
+    """Probabilities that each of some items of REWARD is chosen among them, when utilities carry
+    independent noise of a distribution; by the trapezoidal rule.
+    """
+    grid = torch.linspace(-12.0, 60.0, 40_001, dtype=torch.float64)
+    centred = grid.unsqueeze(1) - REWARD[members]
+    cdf, density = log_cdf(centred), log_density(centred)
+    values = (density + cdf.sum(dim=-1, keepdim=True) - cdf).exp()
+    return torch.trapezoid(values, grid, dim=0)
+
+
+@check(
+    "P11-other-noise",
+    "With Gumbel noise the odds of two responses stay e^{r_i−r_j} when others are added; with "
+    "normal noise they are not those of Φ((r_i−r_j)/√2) any more.",
+    tolerance=1e-9,
+)
+def other_noise(*, factor: float = 1.0) -> Measurement:
+    """Choice probabilities by quadrature for Gumbel and for standard normal noise, which sum to
+    one, against the odds of pairs in closed form.
+    """
+    gap, error = factor * float(REWARD[0] - REWARD[1]), 0.0
+    normal_pair = 0.5 * math.erfc(-gap / 2)
+    noises: list[tuple[toys.Function, toys.Function, float]] = [
+        (lambda x: -torch.exp(-x), lambda x: -x - torch.exp(-x), math.exp(gap)),
+        (
+            torch.special.log_ndtr,
+            lambda x: -0.5 * x**2 - 0.5 * math.log(2 * math.pi),
+            normal_pair / (1 - normal_pair),
+        ),
+    ]
+    odds: list[tuple[float, float]] = []
+    for log_cdf, log_density, claimed in noises:
+        pair = _choices([0, 1], log_cdf, log_density)
+        among = _choices([0, 1, 2, 3], log_cdf, log_density)
+        odds.append((float(pair[0] / pair[1]), float(among[0] / among[1])))
+        error = max(error, abs(odds[-1][0] - claimed))
+        error = max(error, *(abs(float(found.sum()) - 1) for found in (pair, among)))
+    error = max(error, abs(odds[0][1] - math.exp(gap)))
+    values = {"normal_alone": odds[1][0], "normal_among": odds[1][1]}
+    return Measurement(error if abs(odds[1][1] - odds[1][0]) > 0.1 else math.inf, values)

@@ -17,7 +17,8 @@ from typing import Protocol
 from dpo.errors import InputError, did_you_mean
 
 Z_LIMIT = 4.5
-"""Sampling checks compare a z-score with this: a true statement exceeds it once in 150,000 seeds.
+"""Sampling checks compare a z-score with this. One true score exceeds it once in 150,000 seeds; a
+check reports the largest of a few, at most 24.
 """
 
 

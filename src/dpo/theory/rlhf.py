@@ -101,11 +101,14 @@ def generalised_advantage(*, factor: float = 1.0) -> Measurement:
 
 @check(
     "R05-ppo-clip",
-    "min(ρA, clip(ρ,1±ε)A) is A·min(ρ,1+ε) for A>0 and A·max(ρ,1−ε) for A<0; slope A at ρ=1.",
+    "min(ρA, clip(ρ,1±ε)A) is A·min(ρ,1+ε) for A>0 and A·max(ρ,1−ε) for A<0; slope A at ρ=1, 0 "
+    "where clipped.",
     tolerance=1e-9,
 )
 def ppo_clip(*, factor: float = 1.0) -> Measurement:
-    """The surrogate on a grid against its two cases, and its slope at the sampling policy."""
+    """The surrogate on a grid against its two cases, its slope at the sampling policy and beyond
+    the clip.
+    """
     epsilon = 0.2
     ratio = torch.linspace(0.1, 2.5, 400, dtype=torch.float64)
     error = 0.0
@@ -120,12 +123,14 @@ def ppo_clip(*, factor: float = 1.0) -> Measurement:
         error = max(error, toys.deviation(surrogate(ratio), advantage * cases))
         slope = toys.gradient(surrogate, torch.tensor(1.0, dtype=torch.float64))
         error = max(error, abs(float(slope) - advantage))
+        beyond = torch.tensor(1.5 if advantage > 0 else 0.5, dtype=torch.float64)
+        error = max(error, abs(float(toys.gradient(surrogate, beyond))))
     return Measurement(error)
 
 
 @check(
     "R06-kl-estimators",
-    "With y~π and ρ=π_ref/π, both −log ρ and ρ−1−log ρ have mean KL(π‖π_ref); the second is never "
+    "With y~π and w=π_ref/π, both −log w and w−1−log w have mean KL(π‖π_ref); the second is never "
     "negative.",
 )
 def kl_estimators(*, factor: float = 1.0) -> Measurement:

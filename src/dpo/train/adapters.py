@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dpo.config import AdapterConfig, ModelConfig, RunConfig, TrainingConfig
+from dpo.config import AdapterConfig, ModelConfig, RunConfig
 from dpo.models.adapters import WHOLE, AdapterSettings, Holder, PolicyAtStart
 from dpo.models.load import find_model, holds_adapter
 from dpo.train.in_parts import InParts
@@ -56,7 +56,7 @@ def open_reference_of(
 
 def held_by(config: RunConfig) -> Holder:
     """How every process of a run holds its models."""
-    if isinstance(config, TrainingConfig) and config.distributed.kind == "fsdp":
+    if config.distributed.kind == "fsdp":
         return InParts(offload=config.distributed.cpu_offload)
     return WHOLE
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from dpo.config import ModelConfig, PreferenceConfig, SFTConfig
+from dpo.config import ModelConfig, PreferenceConfig, RewardConfig, SFTConfig
 from dpo.core import cost
-from dpo.core.cost import ModelSize, Operations, StepPeak, StepSettings
-from dpo.core.machines import GIB, Machine
-from dpo.data.prompts import as_text
-from dpo.data.tokenize import TokenSequence
+from dpo.core.cost import DecodingSpeed, ModelSize, Operations, Sampling, StepPeak, StepSettings
+from dpo.core.machines import GIB, UTILISATION, Machine
 from dpo.errors import InputError
 from dpo.models.counts import (
     Architecture,
+    classifier_parameters,
     fresh_architecture,
     measure_model,
     measure_pass,
@@ -25,42 +22,23 @@ from dpo.models.counts import (
 )
 from dpo.models.load import find_model
 from dpo.models.plan import scoring_plan
+from dpo.models.text_classifier import load_classifier
+from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.train.adapters import settings_of
-from dpo.train.encoded import KINDS
-from dpo.train.jobs import load_rows_for
-from dpo.train.loop import total_steps
-from dpo.train.objective import make_objective
-from dpo.train.preference import ALONG, without_side
-from dpo.train.prepare import SplitData, load_demonstrations, seeded_choice
-from dpo.train.session import encoder_without_model
-from dpo.train.sft import encode_demonstrations
+from dpo.train.run_data import RunData, Trained, read_data
+from dpo.train.this_machine import this_machine
 from dpo.train.workload import Workload, count_workload
 
-Trained = SFTConfig | PreferenceConfig
-
-MOST_ROWS = 4096
-"""Training rows that are looked at (a seeded choice)."""
+DECODING = {
+    False: DecodingSpeed(products=0.35, memory=0.18, layer_seconds=4e-4),
+    True: DecodingSpeed(products=UTILISATION, memory=1.0, layer_seconds=4e-4),
+}
+"""Of the sampler: on a CPU as measured (docs/memory.md); on a GPU an assumption."""
 
 PROCESS_BYTES = {False: 0.5 * GIB, True: 0.7 * GIB}
 """Python with its libraries (0.4 GiB once imported, as measured) and what kernels keep; on a GPU a
 CUDA context, as assumed.
 """
-
-CPU_UTILISATION, GPU_UTILISATION = 0.7, 0.55
-"""Share of the measured speed of large matrix products that a step reaches: on a CPU in float32 as
-benchmarks/README.md has it (67 to 71%; in bfloat16 38%); on a GPU an assumption.
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class RunData:
-    """The rows of a run as tokens, as far as they are looked at."""
-
-    rows: list[tuple[TokenSequence, ...]]
-    num_rows: int
-    tokenizer: Any
-    whole_batch: bool
-    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,58 +52,35 @@ class Estimate:
     """Of a step, beside the weights."""
     weights: float
     reference: float
+    reward: float
+    """The reward model's weights, where one scores samples."""
+    sampling: float
+    """What drawing samples holds, beside weights and optimizer state, between steps."""
     process: float
     checkpoint: float
     """A copy of what a checkpoint holds, in main memory, while it is written."""
     operations: Operations
     """Of a step, on one device."""
     seconds: float
+    """Of a step."""
+    round_seconds: float
+    """To draw and score the samples of a round; 0 where nothing is sampled."""
     gpu: bool
+
+    @property
+    def held(self) -> float:
+        """What the fullest moment holds beside models and libraries: of a step, or of sampling."""
+        sampled = self.peak.optimizer + self.sampling if self.sampling else 0.0
+        return max(self.peak.total, sampled)
 
     @property
     def device_bytes(self) -> float:
         """The most that the device holds."""
-        held = self.weights + self.reference + self.peak.total + self.process
-        return held if self.gpu else held + self.checkpoint
+        found = self.weights + self.reference + self.reward + self.held + self.process
+        return found if self.gpu else found + self.checkpoint
 
 
 # -- the run -------------------------------------------------------------------------------------
-
-
-def read_data(config: Trained, *, trust_remote_code: bool = False) -> RunData:
-    """Read and tokenise a run's rows as training would, with the model's configuration alone.
-
-    Raises:
-        InputError: as training would.
-    """
-    if isinstance(config, SFTConfig):
-        data: SplitData[Any] = load_demonstrations(config.data, response=config.response)
-    else:
-        objective = make_objective(config.loss)
-        data = load_rows_for(objective.kind, config.data)
-    fresh = config.model.fresh is not None  # then of demonstrations: a policy is not fresh
-    texts = [f"{as_text(row.prompt)}\n{row.response}" for row in data.train] if fresh else []
-    encoder, _ = encoder_without_model(config, data, texts, trust_remote_code=trust_remote_code)
-    tokenizer = encoder.tokenizer
-    few = [data.train[i] for i in seeded_choice(len(data.train), MOST_ROWS, seed=config.seed)]
-    if isinstance(config, SFTConfig):
-        encoded = encode_demonstrations(
-            encoder, few, train_on_prompt=config.train_on_prompt, what="training rows"
-        )
-        return RunData([(s,) for s in encoded], len(data.train), tokenizer, False, ())
-    members = KINDS[objective.kind].encode(
-        encoder, few, max_dropped=config.data.max_dropped, what="training rows"
-    )
-    remarks = []
-    if {without_side(name) for name in objective.wants} & ALONG:
-        remarks.append(
-            f"The loss {config.loss.name} reads more of the model than log-probabilities of "
-            "responses; what that takes is not in the estimate."
-        )
-    if config.moving_reference is not None:
-        remarks.append("The moving reference runs at every step; its time is not in the estimate.")
-    rows = [tuple(row.sequences) for row in members]
-    return RunData(rows, len(data.train), tokenizer, objective.whole_batch, tuple(remarks))
 
 
 def _source(model: ModelConfig, trust_remote_code: bool, *, key: str = "model") -> Any:
@@ -167,7 +122,8 @@ def estimate(
     """
     architecture = architecture_of(config, data.tokenizer, trust_remote_code=trust_remote_code)
     built = architecture.build()
-    model, packed = measure_model(built), scoring_plan(built).packed
+    policy, packed = measure_model(built), scoring_plan(built).packed
+    model = _trained_model(config, policy)
     tensors = model.layers + 17 if config.gradient_checkpointing else 17 * model.layers
     per_token = tensors * model.width  # numbers, as of GPT-2, whose layers keep 17 D of a token
     workload = count_workload(
@@ -184,6 +140,8 @@ def estimate(
             "batch.max_tokens or take smaller batches."
         )
     size = measure_pass(architecture, workload.heaviest, precision=config.precision)
+    if model.layers > policy.layers:  # a critic's trunk keeps what the policy's does
+        size = replace(size, outside_kept=2 * size.outside_kept)
     settings = StepSettings(
         precision=config.precision,
         checkpointing=config.gradient_checkpointing,
@@ -193,6 +151,7 @@ def estimate(
         optimizer=config.optimizer.name,
         adapter=config.adapter is not None,
     )
+    drawn = data.sampling
     shares = devices if config.distributed.kind == "fsdp" else 1
     whole_logits = 4 * size.predicted * model.vocab
     work = cost.operations(
@@ -201,28 +160,88 @@ def estimate(
         checkpointing=settings.checkpointing,
         head_in_parts=whole_logits > settings.max_logit_bytes,
     )
-    work = Operations(work.trunk / devices, work.head / devices)
     per = settings.per_trained
+    speed = {
+        "trunk_tflops": machine.fp32_tflops if config.precision == "fp32" else machine.bf16_tflops,
+        "head_tflops": machine.fp32_tflops,
+        "utilisation": machine.utilisation,
+    }
+    reward = _reward_parameters(config, trust_remote_code)
     return Estimate(
         model=model,
         workload=workload,
         packed=packed,
         peak=cost.step_peak(cost.shared_out(model, shares), size, settings),
         weights=_weight_bytes(model, config, shares),
-        reference=_reference_bytes(config, model, trust_remote_code, shares),
+        reference=_reference_bytes(config, policy, trust_remote_code, shares),
+        reward=4.0 * reward,
+        sampling=cost.sampling_bytes(policy, drawn) if drawn else 0.0,
         process=PROCESS_BYTES[machine.gpu],
         checkpoint=model.trained * (per.weight + per.state) / shares,
-        operations=work,
+        operations=_shared(work, devices),
         seconds=cost.seconds(
-            work,
-            trunk_tflops=machine.fp32_tflops if config.precision == "fp32" else machine.bf16_tflops,
-            head_tflops=machine.fp32_tflops,
-            utilisation=machine.utilisation,
+            _shared(work, devices),
             update_bytes=cost.update_bytes(model, per) / shares,
             gb_per_second=machine.memory_gb_per_second,
+            **speed,
         ),
+        round_seconds=0.0
+        if drawn is None
+        else (_round_seconds(config, policy, model, reward, drawn, machine, speed) / devices),
         gpu=machine.gpu,
     )
+
+
+def _trained_model(config: Trained, policy: ModelSize) -> ModelSize:
+    """What is trained of a language model: all of it, its trunk under a head, or with a critic."""
+    if isinstance(config, RewardConfig):
+        return cost.with_reward_head(policy)
+    if isinstance(config, PPOConfig):
+        return cost.with_critic(policy, own_trunk=config.critic != "shared")
+    return policy
+
+
+def _shared(work: Operations, devices: int) -> Operations:
+    return Operations(work.trunk / devices, work.head / devices)
+
+
+def _round_seconds(
+    config: Trained,
+    policy: ModelSize,
+    model: ModelSize,
+    reward: int,
+    drawn: Sampling,
+    machine: Machine,
+    speed: Mapping[str, float],
+) -> float:
+    """To draw the samples of a round, and to score them: under the reference, the reward model, and
+    for PPO the policy and its critic. A reward model is taken for one of the policy's shape.
+    """
+    drawing = cost.sampling_seconds(
+        policy,
+        drawn,
+        DECODING[machine.gpu],
+        tflops=machine.fp32_tflops,
+        gb_per_second=machine.memory_gb_per_second,
+    )
+    once = cost.forward_operations(policy, drawn.counts)
+    rewarded = Operations(once.trunk * reward / policy.parameters, 0.0)
+    passes = [once, rewarded]
+    if isinstance(config, PPOConfig):
+        passes.append(cost.forward_operations(model, drawn.counts))
+    work = Operations(sum(p.trunk for p in passes), sum(p.head for p in passes))
+    return drawing + cost.seconds(work, update_bytes=0.0, gb_per_second=1.0, **speed)
+
+
+def _reward_parameters(config: Trained, trust_remote_code: bool) -> int:
+    """How many numbers the reward model has; 0 where a function or a linear classifier scores."""
+    if not isinstance(config, OnlineConfig | PPOConfig) or config.reward.model is None:
+        return 0
+    name = config.reward.model
+    if load_classifier(Path(name).expanduser()) is not None:
+        return 0
+    source = find_model(name, trust_remote_code=trust_remote_code, key="reward.model")
+    return classifier_parameters(source)
 
 
 def _weight_bytes(model: ModelSize, config: Trained, shares: int) -> float:
@@ -248,7 +267,9 @@ def _reference_bytes(
     """The reference's own weights, or a process's part of them: none where it is the policy's model
     with its adapter off.
     """
-    if isinstance(config, SFTConfig) or not config.opens_reference:
+    if isinstance(config, SFTConfig | RewardConfig):
+        return 0.0
+    if isinstance(config, PreferenceConfig) and not config.opens_reference:
         return 0.0
     each = 2.0 if config.precision == "pure_bf16" else 4.0
     if config.reference is None:
@@ -258,99 +279,67 @@ def _reference_bytes(
     return sum(p.numel() for p in built.parameters()) * each / shares
 
 
-# -- this machine --------------------------------------------------------------------------------
-
-
-def this_machine() -> Machine:
-    """The first GPU, or this computer and its CPU: its memory, and speeds measured in a second."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    if gpu:
-        memory = torch.cuda.get_device_properties(0).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    side = 8192 if gpu else 1024
-    return Machine(
-        torch.cuda.get_device_name(0)
-        if gpu
-        else f"this computer, {torch.get_num_threads()} threads",
-        memory / GIB,
-        _tflops(side, torch.float32, device),
-        _tflops(side, torch.bfloat16, device),
-        _gb_per_second(device),
-        GPU_UTILISATION if gpu else CPU_UTILISATION,
-        gpu,
-    )
-
-
-def _tflops(side: int, dtype: torch.dtype, device: torch.device) -> float:
-    """10^12 operations a second in a square product, the fastest of a few."""
-    a = torch.randn(side, side, dtype=dtype, device=device)
-    return 2 * side**3 / _fastest(lambda: a @ a, device) / 1e12
-
-
-def _gb_per_second(device: torch.device) -> float:
-    """10^9 bytes a second that a sum in place reads and writes."""
-    a, b = (torch.zeros(1 << 25, device=device) for _ in range(2))
-    return 3 * a.nbytes / _fastest(lambda: a.add_(b), device) / 1e9
-
-
-def _fastest(work: Any, device: torch.device, *, at_least: float = 0.25) -> float:
-    """Seconds of the fastest repetition, after one that warms up."""
-    work()
-    found: list[float] = []
-    while sum(found) < at_least or len(found) < 3:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-    return min(found)
-
-
 # -- in words ------------------------------------------------------------------------------------
 
 
 def describe_run(config: Trained, *, trust_remote_code: bool = False) -> list[str]:
-    """What a run of this configuration would be on this machine: data, model, steps, memory and
-    time, a sentence each.
+    """What a run of this configuration would need on this machine: model, memory and time, a
+    sentence each.
 
     Raises:
         InputError: as training would.
     """
     data = read_data(config, trust_remote_code=trust_remote_code)
     found = estimate(config, data, this_machine(), trust_remote_code=trust_remote_code)
-    return describe(config, data, found)
+    return needs_in_words(data, found)
 
 
-def describe(config: Trained, data: RunData, found: Estimate) -> list[str]:
-    """The same of an estimate."""
-    model, work = found.model, found.workload
-    trained = "" if model.trained == model.parameters else f", of which {model.trained:,} trained"
+def steps_in_words(config: Trained, data: RunData, found: Estimate) -> str:
+    """What goes through the model, and how often."""
+    work = found.workload
     layout = "packed" if found.packed else "on padded rows"
     passes = "one pass" if work.most_passes == 1 else f"up to {work.most_passes} passes"
-    steps = total_steps(config, data.num_rows)
+    return (
+        f"{data.num_rows:,} {data.what}; {data.num_steps:,} steps of {config.batch.size} rows, "
+        f"{work.mean.tokens:,.0f} tokens a step, {layout}, in {passes}."
+    )
+
+
+def needs_in_words(data: RunData, found: Estimate) -> list[str]:
+    """Model, memory and time of an estimate, a sentence each."""
+    model = found.model
+    trained = "" if model.trained == model.parameters else f", of which {model.trained:,} trained"
     at_peak = {
         "weights": found.weights,
         "reference": found.reference,
+        "reward model": found.reward,
         "optimizer": found.peak.optimizer,
         "gradients": found.peak.gradients,
         "activations": found.peak.activations,
         "head and logits": found.peak.head,
         "libraries": found.process,
     }
+    moment = found.peak.moment
+    if found.held > found.peak.total:
+        moment = "sampling"
+        at_peak |= {"gradients": 0.0, "activations": 0.0, "head and logits": 0.0}
+        at_peak["keys, values and logits of samples"] = found.sampling
     if not found.gpu:
         at_peak["copy for a checkpoint"] = found.checkpoint
     parts = ", ".join(f"{name} {in_words(size)}" for name, size in at_peak.items() if size)
+    hours = found.seconds * data.num_steps / 3600
+    times = f"About {found.seconds:.3g} seconds a step, {hours:.3g} hours of steps."
+    if data.sampling is not None:
+        sampled = found.round_seconds * data.num_rounds / 3600
+        times += (
+            f" About {found.round_seconds:.3g} seconds a round to draw and score "
+            f"{data.sampling.responses:,} responses, {sampled:.3g} hours of {data.num_rounds} "
+            "rounds."
+        )
     return [
-        f"{data.num_rows:,} training rows; {steps:,} steps of {config.batch.size} rows, "
-        f"{work.mean.tokens:,.0f} tokens a step, {layout}, in {passes}.",
         f"{model.parameters:,} parameters{trained}.",
-        f"Memory at most {in_words(found.device_bytes)} ({parts}); fullest: {found.peak.moment}.",
-        f"About {found.seconds:.3g} seconds a step, {found.seconds * steps / 3600:.3g} hours of "
-        "steps.",
+        f"Memory at most {in_words(found.device_bytes)} ({parts}); fullest: {moment}.",
+        times,
         *data.remarks,
     ]
 
@@ -358,7 +347,10 @@ def describe(config: Trained, data: RunData, found: Estimate) -> list[str]:
 def in_words(size: float) -> str:
     """Bytes in MiB or GiB.
 
-    >>> in_words(3 << 30), in_words(5 << 20)
-    ('3.00 GiB', '5 MiB')
+    >>> in_words(3 << 30), in_words(50 << 20), in_words(5 << 18)
+    ('3.00 GiB', '50 MiB', '1.2 MiB')
     """
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / (1 << 20):.0f} MiB"
+    if size >= GIB:
+        return f"{size / GIB:.2f} GiB"
+    mebibytes = size / (1 << 20)
+    return f"{mebibytes:.0f} MiB" if mebibytes >= 10 else f"{mebibytes:.2g} MiB"

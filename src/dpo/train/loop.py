@@ -317,8 +317,7 @@ def _check_distributed(config: RunConfig) -> None:
             "optimizer.in_backward: it is for one process; several must add their gradients up "
             "before a weight may move."
         )
-    shared_out = isinstance(config, TrainingConfig) and config.distributed.kind == "fsdp"
-    if shared_out and config.optimizer.name in BITSANDBYTES:
+    if config.distributed.kind == "fsdp" and config.optimizer.name in BITSANDBYTES:
         raise InputError("optimizer.name: it is for distributed.kind=ddp, not fsdp.")
 
 

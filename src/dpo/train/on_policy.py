@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from torch import nn
 from dpo.config import RunConfig
 from dpo.core.diagnostics import distinct_share, repeated_share
 from dpo.data.tokenize import Encoder
-from dpo.models.divergence import kl_of_samples, mean_over_prompts, sample_on_policy
+from dpo.models.divergence import along_samples, mean_over_prompts, sample_on_policy
 from dpo.models.generate import SampledResponse
 from dpo.models.load import max_positions
-from dpo.models.parts import settle
+from dpo.models.parts import is_sharded, settle
+from dpo.train import ranks
 from dpo.train.prepare import encode_prompts
 from dpo.train.reward_source import RewardFunction
 
@@ -44,32 +46,53 @@ class OnPolicyEvaluation:
         """`eval/kl` (nats a response), `eval/entropy` (nats a token) and `eval/reward`, where there
         is a reference and a reward, each with its standard error over prompts; and what the samples
         are like (`_health`).
+
+        Ranks share the prompts, unless the policy is sharded: then each has all, and keeps step.
         """
+        work, numbers = partial(self._measured, policy), range(len(self.prompts))
+        by_prompt = work(numbers) if is_sharded(policy) else ranks.shared_out(work, numbers)
+        measured = [of_sample for of_prompt in by_prompt for of_sample in of_prompt]
+        found = self._health([SampledResponse(tuple(m["ids"]), m["end"]) for m in measured])
+        for name in ("kl", "entropy", "reward"):
+            if name in measured[0]:
+                values = np.array([m[name] for m in measured])
+                mean, stderr = mean_over_prompts(values, num_prompts=len(self.prompts))
+                found |= {f"eval/{name}": mean, f"eval/{name}_stderr": stderr}
+        return found
+
+    def _measured(self, policy: nn.Module, numbers: Sequence[int]) -> list[list[dict[str, Any]]]:
+        """The samples of some prompts, and what is measured of each: in JSON, prompt by prompt."""
+        if not numbers:
+            return []
+        many, ids = self.samples_per_prompt, [self.ids[i] for i in numbers]
         samples = sample_on_policy(
             policy,
-            self.ids,
+            ids,
             stop_ids=self.encoder.stop_ids,
             max_new_tokens=self.max_new_tokens,
-            samples_per_prompt=self.samples_per_prompt,
+            samples_per_prompt=many,
             seed=self.seed,
             precision=self.precision,
+            numbers=numbers,
         )
-        found = self._health(samples)
+        columns: dict[str, Any] = {"ids": [s.ids for s in samples], "end": [s.end for s in samples]}
         if self.reference is not None:
-            kl = kl_of_samples(
+            kl, entropy = along_samples(
                 policy,
                 self.reference,
-                self.ids,
+                ids,
                 samples,
                 max_tokens=self.max_tokens,
                 precision=self.precision,
             )
             settle(self.reference)
-            found |= {"eval/kl": kl.mean, "eval/kl_stderr": kl.stderr}
-            found |= {"eval/entropy": kl.entropy, "eval/entropy_stderr": kl.entropy_stderr}
+            columns |= {"kl": kl.tolist(), "entropy": entropy.tolist()}
         if self.reward is not None:
-            found |= self._rewards(samples)
-        return found
+            prompts = [self.prompts[i] for i in numbers for _ in range(many)]
+            texts = [self.encoder.decode(s.ids) for s in samples]
+            columns["reward"] = self.reward(prompts, texts).tolist()
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return [rows[start : start + many] for start in range(0, len(rows), many)]
 
     def _health(self, samples: Sequence[SampledResponse]) -> dict[str, float]:
         """Length, and the marks of a policy that has broken: cut, empty or repetitive responses.
@@ -91,13 +114,6 @@ class OnPolicyEvaluation:
             "eval/repeated_4grams_stderr": stderr,
             "eval/distinct_2grams": distinct_share([s.ids for s in samples], 2),
         }
-
-    def _rewards(self, samples: Sequence[SampledResponse]) -> dict[str, float]:
-        assert self.reward is not None
-        prompts = [p for p in self.prompts for _ in range(self.samples_per_prompt)]
-        rewards = self.reward(prompts, [self.encoder.decode(s.ids) for s in samples])
-        mean, stderr = mean_over_prompts(rewards.numpy(), num_prompts=len(self.prompts))
-        return {"eval/reward": mean, "eval/reward_stderr": stderr}
 
 
 def evaluation_on_policy(

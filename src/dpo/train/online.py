@@ -163,6 +163,8 @@ class OnlineMethod(PreferenceMethod):
 
     def loss(self, policy: nn.Module, rows: Sequence[int]) -> BatchResult:
         result = super().loss(policy, rows)
+        if not result.sums:  # the first rank logs a batch that all compute
+            return result
         # What is logged is summed over rows and divided by their number.
         of_round = {name: value * len(rows) for name, value in self.of_round.items()}
         return BatchResult(result.loss, {**result.sums, **of_round})
@@ -229,7 +231,8 @@ def train_online(config: OnlineConfig, *, trust_remote_code: bool = False) -> Pa
         sampler = make_sampler(config, policy, encoder, reward, prompts, run.folder / "samples")
         on_policy = held_out_measures(config, policy, reference, encoder, measured, data.test)
         method = _method(config, policy, reference, encoder, sampler, on_policy)
-        save_train_prompts(run.folder, prompts_seen(config, data))
+        if run.writes:
+            save_train_prompts(run.folder, prompts_seen(config, data))
         fit(method, policy.model, config, run)
         write_samples(policy, encoder, held_out, config, run)
         run.update_manifest(status="finished")

@@ -271,7 +271,8 @@ def train_ppo(config: PPOConfig, *, trust_remote_code: bool = False) -> Path:
             on_policy=held_out_measures(config, policy, reference, encoder, measured, data.test),
             save=model_saver(config, policy, encoder, TITLE),
         )
-        save_train_prompts(run.folder, prompts_seen(config, data))
+        if run.writes:
+            save_train_prompts(run.folder, prompts_seen(config, data))
         fit(method, model, config, run)
         write_samples(policy, encoder, held_out, config, run)
         run.update_manifest(status="finished")

@@ -133,16 +133,17 @@ class PreferenceMethod(PlainMethod):
         passes = split_by_tokens(costs, max_tokens=self.max_tokens)
         if self.objective.whole_batch:
             passes = [list(range(len(self.test)))]
-        shares = ranks.size()
-        own = passes[ranks.rank() :: shares]
-        measured = [self._measured(policy, rows) for rows in own]
-        if is_sharded(policy) and len(own) < -(-len(passes) // shares):
-            self._measured(policy, passes[-1])
-        by_rank = ranks.gather(measured)
+
+        def measure(groups: Sequence[list[int]]) -> list[Any]:
+            measured = [self._measured(policy, rows) for rows in groups]
+            if is_sharded(policy) and len(groups) < -(-len(passes) // ranks.size()):
+                self._measured(policy, passes[-1])
+            return measured
+
+        by_pass = ranks.shared_out(measure, passes)
         sums: dict[str, float] = {}
         logps: dict[str, dict[int, float]] = {"policy": {}, "reference": {}}
-        for number, rows in enumerate(passes):  # in their order, whoever ran them
-            of_pass, sequences = by_rank[number % shares][number // shares]
+        for rows, (of_pass, sequences) in zip(passes, by_pass, strict=True):
             for name, value in of_pass.items():
                 sums[name] = sums.get(name, 0.0) + value
             for model, values in sequences.items():

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ from dpo.errors import (
 )
 
 log = logging.getLogger("dpo")
+
+T = TypeVar("T")
 
 FAILURES: dict[str, type[DPOError]] = {
     error.__name__: error
@@ -156,6 +158,21 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             sums.append(dist.all_reduce(parameter.grad, async_op=True))
     for under_way in sums:
         under_way.wait()
+
+
+def shared_out(work: Callable[[Sequence[T]], list[Any]], items: Sequence[T]) -> list[Any]:
+    """`work(items)`, a result for each item, where every rank works on its share: one item in
+    `size()`, none where there are fewer. All have all results, which are JSON, in the items' order.
+
+    Raises:
+        DPOError: the work failed, here or on another rank.
+    """
+    if size() == 1:
+        return work(items)
+    with together():
+        own = work(items[rank() :: size()])
+    by_rank = gather(own)
+    return [by_rank[i % size()][i // size()] for i in range(len(items))]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dpo.core.ppo import (
@@ -16,9 +17,12 @@ from dpo.core.ppo import (
     sampled_entropy,
     whiten,
 )
+from dpo.data.order import split_among
+from dpo.data.pack import packed_tokens
 from dpo.models.actor_critic import ActorCritic, token_mask
 from dpo.models.plan import as_evaluated
 from dpo.models.scoring import MAX_LOGIT_BYTES, response_token_logps
+from dpo.train import ranks
 from dpo.train.samples import Samples
 
 KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
@@ -92,18 +96,37 @@ def roll_out(
     """Score the policy's own samples as training will score them, under policy and reference.
 
     The sampler's own log-probabilities are not used: it adds in another order, and a ratio that
-    begins at anything but 1 is a step that nobody asked for.
+    begins at anything but 1 is a step that nobody asked for. Of several ranks each scores its
+    share, about as many tokens, and has all values.
     """
-    options: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "max_logit_bytes": max_logit_bytes,
-        "precision": precision,
-    }
-    with as_evaluated(policy):
-        logps, values = policy(samples.sequences, **options)
-    with as_evaluated(reference):
-        reference_logps = response_token_logps(reference, samples.sequences, **options)
-    return Rollouts(samples, logps.cpu(), reference_logps.cpu(), values.cpu())
+    sequences = samples.sequences
+    own = _share(samples)
+    longest = max(s.num_scored for s in sequences)
+    found = torch.zeros(3, len(sequences), longest, dtype=torch.float64)
+    if own:
+        members = [sequences[i] for i in own]
+        options: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "max_logit_bytes": max_logit_bytes,
+            "precision": precision,
+        }
+        with as_evaluated(policy):
+            logps, values = policy(members, **options)
+        with as_evaluated(reference):
+            reference_logps = response_token_logps(reference, members, **options)
+        for place, tensor in enumerate((logps, reference_logps, values)):
+            found[place, own, : tensor.shape[1]] = tensor.cpu()
+    ranks.sum_in_place(found)  # each value is one rank's, and 0 on the others
+    return Rollouts(samples, *found)
+
+
+def _share(samples: Samples) -> list[int]:
+    """The responses that this rank scores; those to one prompt stay together, for they share it."""
+    many = samples.rewards.shape[1]
+    prompts = [range(start, start + many) for start in range(0, len(samples.sequences), many)]
+    costs = [packed_tokens([samples.sequences[i] for i in prompt]) for prompt in prompts]
+    shares = split_among(costs, parts=ranks.size())
+    return [i for p in shares[ranks.rank()] for i in prompts[p]]
 
 
 @dataclass(frozen=True)

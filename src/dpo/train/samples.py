@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dpo.data.sources import write_jsonl
 from dpo.data.tokenize import Encoder, TokenSequence
 from dpo.models.generate import generate
 from dpo.online_config import SamplingConfig
+from dpo.train import ranks
 from dpo.train.encoded import EncodedPair, EncodedRanking
 from dpo.train.reward_source import RewardFunction
 
@@ -99,13 +101,42 @@ class Sampler:
         return [int(epoch_order(total, seed=self.seed, epoch=e)[place]) for e, place in places]
 
     def __call__(self, policy: nn.Module, number: int) -> Samples:
-        """The samples of round `number`, counted from 0."""
+        """The samples of round `number`, counted from 0. Of several ranks each draws and scores
+        those of its share of the prompts, and has all of them.
+        """
+        chosen = self.chosen(number)
+        by_prompt = ranks.shared_out(partial(self._draw, policy, number), list(enumerate(chosen)))
+        sequences = [
+            TokenSequence((*self.ids[i], *drawn), len(self.ids[i]))
+            for i, responses in zip(chosen, by_prompt, strict=True)
+            for drawn, _, _ in responses
+        ]
+        rewards = [[reward for _, _, reward in responses] for responses in by_prompt]
+        truncated = [cut for responses in by_prompt for _, cut, _ in responses]
+        samples = Samples(
+            sequences, torch.tensor(rewards, dtype=torch.float64), torch.tensor(truncated)
+        )
+        with ranks.together():
+            if ranks.is_first():
+                self._write(number, [self.prompts[i] for i in chosen], samples)
+        return samples
+
+    def _draw(
+        self, policy: nn.Module, number: int, prompts: Sequence[tuple[int, int]]
+    ) -> list[list[tuple[tuple[int, ...], bool, float]]]:
+        """Responses to some prompts of a round, each given by its place there and its number among
+        all: what was drawn, whether the token limit cut it, and its reward.
+
+        A response's random numbers belong to its place in the round.
+        """
         many = self.samples_per_prompt
-        members = [i for i in self.chosen(number) for _ in range(many)]
+        members = [i for _, i in prompts for _ in range(many)]
         responses = generate(
             policy,
             [self.ids[i] for i in members],
-            keys=[f"round/{number}/{s}" for s in range(len(members))],
+            keys=[
+                f"round/{number}/{place * many + k}" for place, _ in prompts for k in range(many)
+            ],
             temperature=self.settings.temperature,
             max_new_tokens=self.settings.max_new_tokens,
             stop_ids=self.encoder.stop_ids,
@@ -113,16 +144,13 @@ class Sampler:
             batch_size=self.settings.batch_size,
             precision=self.precision,
         )
-        sequences = [
-            TokenSequence((*self.ids[i], *response.drawn), len(self.ids[i]))
-            for i, response in zip(members, responses, strict=True)
-        ]
         texts = [self.encoder.decode(response.ids) for response in responses]
-        rewards = self._rewards([self.prompts[i] for i in members], texts).reshape(-1, many)
-        truncated = torch.tensor([response.truncated for response in responses])
-        samples = Samples(sequences, rewards, truncated)
-        self._write(number, [self.prompts[i] for i in members[::many]], samples)
-        return samples
+        rewards = self._rewards([self.prompts[i] for i in members], texts).tolist()
+        found = [
+            (response.drawn, response.truncated, reward)
+            for response, reward in zip(responses, rewards, strict=True)
+        ]
+        return [found[start : start + many] for start in range(0, len(found), many)]
 
     def _rewards(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
         """A response drawn twice is scored once: rounding must not prefer one of two equal ones."""

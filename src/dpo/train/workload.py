@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dpo.config import TrainingConfig
+from dpo.config import RunConfig
 from dpo.core.cost import StepCounts
 from dpo.data.order import batch_rows, split_among, split_by_tokens, steps_per_epoch
 from dpo.data.pack import Batch, pack, packed_groups, packed_tokens, pad, padded_groups
@@ -35,7 +35,7 @@ class Workload:
 
 def count_workload(
     rows: Sequence[Row],
-    config: TrainingConfig,
+    config: RunConfig,
     *,
     packed: bool,
     whole_batch: bool,
@@ -80,11 +80,11 @@ def count_workload(
     return Workload(mean, max(passes_of_step), heaviest)
 
 
-def _passes(own: Sequence[int], costs: Sequence[int], config: TrainingConfig) -> list[list[int]]:
+def _passes(own: Sequence[int], costs: Sequence[int], config: RunConfig) -> list[list[int]]:
     return split_by_tokens([costs[row] for row in own], max_tokens=config.batch.max_tokens)
 
 
-def _batches(rows: Sequence[Row], config: TrainingConfig, *, packed: bool) -> tuple[Batch, ...]:
+def _batches(rows: Sequence[Row], config: RunConfig, *, packed: bool) -> tuple[Batch, ...]:
     """What the rows of a pass are for the model."""
     sequences = [sequence for row in rows for sequence in row]
     split, layout = (packed_groups, pack) if packed else (padded_groups, pad)
