@@ -290,6 +290,8 @@ def test_a_reference_is_another_model_unless_an_adapter_can_be_switched_off():
     found = estimate(own, data, NOWHERE)
     assert found.reference == found.weights == 4 * found.model.parameters
     assert estimate(adapted, data, NOWHERE).reference == 0
+    sharded = dpo_config(Path("nowhere"), {"distributed.kind": "fsdp"})
+    assert estimate(sharded, data, NOWHERE, devices=4).reference == found.reference / 4
 
 
 def test_processes_share_a_step_and_with_fsdp_the_state():

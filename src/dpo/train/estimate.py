@@ -173,7 +173,7 @@ def estimate(
         packed=packed,
         peak=cost.step_peak(cost.shared_out(model, shares), size, settings),
         weights=_weight_bytes(model, config, shares),
-        reference=_reference_bytes(config, policy, trust_remote_code),
+        reference=_reference_bytes(config, policy, trust_remote_code, shares),
         reward=4.0 * reward,
         sampling=cost.sampling_bytes(policy, drawn) if drawn else 0.0,
         process=PROCESS_BYTES[machine.gpu],
@@ -249,30 +249,34 @@ def _weight_bytes(model: ModelSize, config: Trained, shares: int) -> float:
     outside the layers, two layers and one layer's gradient.
     """
     each = 2.0 if config.precision == "pure_bf16" else 4.0
+    whole = model.parameters * each
     if config.adapter is not None:
         quantised = model.layers * model.layer_products if config.adapter.quantize else 0
         bits = cost.QUANTISED[config.adapter.quantize] if config.adapter.quantize else 0.0
         frozen = model.parameters - model.trained
-        return (frozen - quantised) * each + quantised * bits + model.trained * 4.0
-    whole = model.parameters * each
+        whole = (frozen - quantised) * each + quantised * bits + model.trained * 4.0
     if shares == 1:
         return whole
     outside = model.parameters - model.layers * model.layer_parameters
     return whole / shares + (outside + 3 * model.layer_parameters) * each
 
 
-def _reference_bytes(config: Trained, model: ModelSize, trust_remote_code: bool) -> float:
-    """The reference's own weights: none where it is the policy's model with its adapter off."""
+def _reference_bytes(
+    config: Trained, model: ModelSize, trust_remote_code: bool, shares: int
+) -> float:
+    """The reference's own weights, or a process's part of them: none where it is the policy's model
+    with its adapter off.
+    """
     if isinstance(config, SFTConfig | RewardConfig):
         return 0.0
     if isinstance(config, PreferenceConfig) and not config.opens_reference:
         return 0.0
     each = 2.0 if config.precision == "pure_bf16" else 4.0
     if config.reference is None:
-        return 0.0 if config.adapter is not None else model.parameters * each
+        return 0.0 if config.adapter is not None else model.parameters * each / shares
     source = _source(config.reference, trust_remote_code, key="reference")
     built = read_architecture(source, adapter=None, pure_bf16=False).build()
-    return sum(p.numel() for p in built.parameters()) * each
+    return sum(p.numel() for p in built.parameters()) * each / shares
 
 
 # -- in words ------------------------------------------------------------------------------------
