@@ -316,9 +316,20 @@ class DistributedConfig(Section):
     kind: Literal["ddp", "fsdp"] = Field(
         "ddp", description="ddp: each has the whole model; fsdp: each a part (FSDP2)."
     )
+    cpu_offload: bool = Field(
+        False,
+        description="With fsdp: parts, gradients and optimizer state stay in main memory, and the "
+        "optimizer runs there; the GPU holds what is gathered.",
+    )
     timeout_seconds: Positive = Field(
         600.0, description="A process that is silent for longer is lost, and all end."
     )
+
+    @model_validator(mode="after")
+    def _parts_to_offload(self) -> DistributedConfig:
+        if self.cpu_offload and self.kind != "fsdp":
+            raise ValueError("cpu_offload: only a model in parts is offloaded; set kind=fsdp too")
+        return self
 
 
 class RunConfig(Section):

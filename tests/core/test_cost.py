@@ -169,3 +169,10 @@ def test_sampling_takes_products_reading_and_layers():
     products = 2 * 2 * (24 * at_once + 2 * 4 * at_once * 5) + 2 * 40 * at_once
     token = products / (0.5 * 1e3) + 4 * 100 / (0.25 * 1e3) + 2 * 1e-3
     assert found == pytest.approx(3 * 4 * token)
+
+
+def test_offloaded_parts_leave_the_device_what_is_gathered():
+    peak = cost.step_peak(MODEL, PASS, settings())
+    found = cost.with_offload(peak, MODEL, cost.stored(precision="fp32"))
+    assert found.gradients == 4 * (40 + 30)  # outside the layers, and one layer
+    assert (found.optimizer, found.activations) == (0, peak.activations)

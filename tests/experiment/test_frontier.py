@@ -55,6 +55,7 @@ from dpo.report.frontier_study import (
     rewards_at,
 )
 from dpo.train.run import read_manifest, read_metrics
+from train.small_runs import dpo
 
 ROOT = Path(__file__).parents[2]
 ON_SAMPLES = {"rounds": 2, "prompts_per_round": 4, "batch.size": 4}
@@ -414,3 +415,15 @@ def test_a_run_that_diverges_is_remembered_and_not_repeated(finished, tmp_path, 
     assert "loss is nan" in said
     monkeypatch.setattr(frontier, "JOBS", {})
     frontier.finish(config)  # known: not asked again
+
+
+def test_a_small_form_leaves_its_page_in_its_own_folder(finished, tmp_path, monkeypatch):
+    study, folder = finished
+    small = shutil.copytree(folder, tmp_path / "frontier-quick")
+    (small / "index.html").unlink(missing_ok=True)
+    monkeypatch.setattr(frontier, "run_frontier", lambda config: replace(study, folder=small))
+    file = ROOT / "studies" / "frontier.yaml"
+    said = dpo("experiment", "frontier", str(file), "quick=true", f"out={tmp_path / 'frontier'}")
+    assert said.code == 0, said.all
+    assert "could not be written" not in said.err
+    assert (small / "index.html").is_file()

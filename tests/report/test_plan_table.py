@@ -44,6 +44,23 @@ def test_sft_is_planned_for_a_fresh_model_and_several_devices():
     assert "distributed.kind=fsdp" in said.out
 
 
+def test_what_is_offloaded_is_said_to_be_in_main_memory():
+    eight = ("machine=H100", "machine.devices=8", "distributed.kind=fsdp")
+    plain, offloaded = plan(*eight), plan(*eight, "distributed.cpu_offload=true")
+    assert offloaded.code == 0, offloaded.all
+    assert "Main memory holds" in offloaded.out
+    assert "Main memory holds" not in plain.out
+    assert "distributed.cpu_offload=true" in plain.out
+    assert "optimizer.in_backward" not in plain.out  # for one process
+    settings = offloaded.out.split("as given")[1].split("adapter=lora")[0]
+    assert settings.count("gradient_checkpointing=true") == 3  # alone, in small passes, in bfloat16
+    refused = plan(*BY_HAND, "distributed.kind=fsdp", "distributed.cpu_offload=true")
+    assert refused.code == 0, refused.all  # a machine by hand is a GPU
+    here = plan("distributed.kind=fsdp", "distributed.cpu_offload=true")
+    assert here.code == 2
+    assert "distributed.cpu_offload: is for GPUs" in here.err
+
+
 def test_a_run_on_samples_is_planned_with_its_sampling(tmp_path):
     judge = tmp_path / "judge.py"
     judge.write_text("def score(prompts, responses):\n    return [0.0 for _ in responses]")

@@ -21,7 +21,8 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
-from safetensors.numpy import load_file
+import torch
+from safetensors.torch import load_file
 
 from dpo.cli import main
 from dpo.config import PreferenceConfig, SFTConfig
@@ -210,8 +211,11 @@ def _content(file: Path) -> str:
     if not file.name.startswith("shard-"):
         return sha256(file)
     tensors = sorted(load_file(file).items())
-    texts = [f"{name} {values.shape} {values.tobytes().hex()}" for name, values in tensors]
-    return hashlib.sha256("".join(texts).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name, values in tensors:
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype};".encode())
+        digest.update(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def forked(work: Callable[[], object]) -> int:

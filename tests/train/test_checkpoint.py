@@ -278,7 +278,7 @@ def test_what_is_saved_is_what_was_there_when_it_was_copied(tmp_path):
     assert saved.keys() == before.keys()
     assert all(torch.equal(saved[name], before[name]) for name in before)
     companion = load_file(folder / "companion.safetensors")
-    assert all(torch.equal(weights[name], companion[name]) for name in weights)
+    assert all(torch.equal(weights[name], companion[f"companion:{name}"]) for name in weights)
     found = newest(tmp_path)
     assert found.state["method"] == {"means": [1.0]}
     assert checkpoint.method_tensors(found)["ids"].tolist() == [0, 1, 2]

@@ -1,9 +1,11 @@
 """What a user has after `dpo sft`, `dpo train` and `dpo evaluate` on the embedded data."""
 
 import csv
+import gc
 import json
 import math
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo.data.split import prompt_digest
 from dpo.data.synthetic import preferences
 from dpo.models.load import weights_digest
+from dpo.train import adapters, jobs, session
 from dpo.train.jobs import train_preference, train_sft
 from dpo.train.prepare import load_preferences
 from dpo.train.run import load_train_prompts, read_manifest, read_metrics
+from dpo.train.session import open_policy
 from train.small_runs import (
     CANARY,
     SAVE,
@@ -193,13 +197,11 @@ def test_the_reference_is_the_start_and_training_never_writes_to_it():
 
 
 def test_the_reference_in_memory_keeps_its_weights_through_training(tmp_path, monkeypatch):
-    from dpo.train import adapters, session
-
+    sft_run()
     seen = []
-    opened = session.open_policy
 
     def remember(*arguments, **options):
-        policy = opened(*arguments, **options)
+        policy = open_policy(*arguments, **options)
         seen.append((policy.model, weights_digest(policy.model)))
         return policy
 
@@ -211,6 +213,24 @@ def test_the_reference_in_memory_keeps_its_weights_through_training(tmp_path, mo
     assert weights_digest(reference) == reference_before
     assert weights_digest(policy) != policy_before
     assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+@pytest.mark.parametrize(("kl_prompts", "models"), [(3, 2), (0, 1)])
+def test_a_reference_that_nothing_asks_again_is_let_go(kl_prompts, models, tmp_path, monkeypatch):
+    sft_run()
+    opened, alive = weakref.WeakSet(), []
+
+    def remember(*arguments, **options):
+        policy = open_policy(*arguments, **options)
+        opened.add(policy.model)
+        return policy
+
+    monkeypatch.setattr(adapters, "open_policy", remember)
+    monkeypatch.setattr(session, "open_policy", remember)
+    monkeypatch.setattr(jobs, "fit", lambda *_: alive.append((gc.collect(), len(opened))[1]))
+    changes = {"evaluation.kl_prompts": kl_prompts, "evaluation.num_samples": 0}
+    train_preference(dpo_config(tmp_path / "run", changes))
+    assert alive == [models]
 
 
 def test_another_reference_than_the_start_is_used_when_named(tmp_path):

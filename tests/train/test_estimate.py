@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -290,6 +291,8 @@ def test_a_reference_is_another_model_unless_an_adapter_can_be_switched_off():
     found = estimate(own, data, NOWHERE)
     assert found.reference == found.weights == 4 * found.model.parameters
     assert estimate(adapted, data, NOWHERE).reference == 0
+    sharded = dpo_config(Path("nowhere"), {"distributed.kind": "fsdp"})
+    assert estimate(sharded, data, NOWHERE, devices=4).reference == found.reference / 4
 
 
 def test_processes_share_a_step_and_with_fsdp_the_state():
@@ -302,6 +305,22 @@ def test_processes_share_a_step_and_with_fsdp_the_state():
     assert two.operations.trunk == one.operations.trunk / 2
     assert two.peak.optimizer == one.peak.optimizer == 8 * one.model.parameters
     assert parts.peak.optimizer == pytest.approx(one.peak.optimizer / 2, rel=1e-3)
+
+
+def test_a_model_in_parts_takes_a_share_of_everything_and_what_is_gathered():
+    gpu = replace(NOWHERE, gpu=True)
+    changes = {"distributed.kind": "fsdp", "adapter": {"kind": "lora"}}
+    for changed in (dict(list(changes.items())[:1]), changes):
+        config = dpo_config(Path("nowhere"), changed)
+        data = read_data(config)
+        whole, two, four = (estimate(config, data, gpu, devices=n) for n in (1, 2, 4))
+        assert two.weights - four.weights == pytest.approx(whole.weights / 4)
+        assert two.reference == whole.reference / 2
+    offloaded = dpo_config(Path("nowhere"), {**changed, "distributed.cpu_offload": True})
+    found = estimate(offloaded, data, gpu, devices=2)
+    assert found.weights == pytest.approx(two.weights - whole.weights / 2)
+    assert found.offloaded == pytest.approx(whole.weights / 2 + 12 * found.model.trained / 2)
+    assert (found.peak.optimizer, found.reference) == (0, 0)
 
 
 def test_a_run_is_described_in_sentences():

@@ -13,9 +13,12 @@ from dpo.config import DistributedConfig, RewardConfig
 from dpo.config_files import validate
 from dpo.data.tokenize import TokenSequence
 from dpo.errors import InputError, RankLost, Stopped
+from dpo.models import parts
+from dpo.models.adapters import WHOLE
 from dpo.models.load import find_model, load_model
 from dpo.models.scoring import response_logps
 from dpo.train import ranks, reference, sharding
+from dpo.train.in_parts import InParts
 from dpo.train.reward import train_reward
 from dpo.train.run import read_manifest
 from dpo.train.schedule import adamw
@@ -50,6 +53,7 @@ COMMON = {
 }
 MAKE = {"sft": sft_config, "dpo": dpo_config}
 FSDP = {"kind": "fsdp"}
+SHORT = {"max_steps": 4, "save_every": 2}
 
 
 def config_of(method, kind, folder, changes=None):
@@ -204,32 +208,46 @@ def test_a_short_batch_leaves_a_rank_without_rows(tmp_path):
         check_equal(tmp_path / kind, tmp_path / "one")
 
 
-def test_a_reward_model_trains_as_in_one_process(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "adapter"), [("ddp", None), ("fsdp", None), ("fsdp", {"kind": "dora", "rank": 2})]
+)
+def test_a_reward_model_trains_as_in_one_process(kind, adapter, tmp_path):
     sft_run()
 
     def reward_config(folder, kind):
         changes = COMMON | {"max_steps": 4, "model": {"path": str(sft_run())}, "out": str(folder)}
         changes |= {"evaluation": {"every": 4, "max_rows": 16}, "distributed.kind": kind}
+        changes |= {"adapter": adapter}
         return validate(RewardConfig, merged({"data": DATA, "batch": {"size": 8}}, changes))
 
-    def train_alone_or_together(folder, kind="ddp"):
+    def train_alone_or_together(folder, kind="ddp", stop=False):
+        if stop:
+            signal_at(2, signal.SIGTERM)
         config = reward_config(folder, kind)
         with ranks.joined(config.distributed):
             train_reward(config)
 
-    assert on_ranks(2, lambda rank: train_alone_or_together(tmp_path / "two")) == [0, 0]
-    train_alone_or_together(tmp_path / "one")
-    assert on_ranks(2, lambda rank: train_alone_or_together(tmp_path / "x", "fsdp")) == [2, 2]
-    check_equal(tmp_path / "two", tmp_path / "one")
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    train_alone_or_together(one)
+    assert on_ranks(2, lambda rank: train_alone_or_together(two, kind)) == [0, 0]
+    check_equal(two, one)
+    expected, found = (load_file(f / "model" / "model.safetensors") for f in (one, two))
+    assert found.keys() == expected.keys()
+    for name, weights in expected.items():
+        torch.testing.assert_close(found[name], weights, atol=1e-5, rtol=0)
+    assert on_ranks(2, lambda rank: train_alone_or_together(again, kind, stop=True)) == [75, 75]
+    assert on_ranks(2, lambda rank: train_alone_or_together(again, kind)) == [0, 0]
+    assert outcome(again) == outcome(two)
 
 
-def test_reference_log_probabilities_are_shared_out_and_are_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_reference_log_probabilities_are_shared_out_and_are_the_same_bits(
+    kind, tmp_path, monkeypatch
+):
     monkeypatch.setattr(reference, "CHUNK", 3)
-    model = make("gpt2", 300)
     sequences = [TokenSequence(tuple(range(2, 9 + i % 5)), 1 + i % 3) for i in range(17)]
-    config = validate(DistributedConfig, {})
 
-    def scored(rank):
+    def scored(rank, kind=kind):
         os.environ["DPO_CACHE"] = str(tmp_path / f"cache-{rank}")
         calls = []
 
@@ -238,22 +256,28 @@ def test_reference_log_probabilities_are_shared_out_and_are_the_same_bits(tmp_pa
             return response_logps(*arguments, **options)
 
         monkeypatch.setattr(reference, "response_logps", counted)
+        config = validate(DistributedConfig, {"kind": kind})
+        held = InParts() if kind == "fsdp" else WHOLE
         with ranks.joined(config):
+            model = held.make(lambda: make("gpt2", 300))
             for cached in (False, True):
                 values, known = reference.reference_logps(
-                    model, sequences, precision="fp32", max_tokens=1000
+                    model, sequences, precision="fp32", max_tokens=16
                 )
                 assert known is cached
             save_file({"values": values, "calls": torch.tensor(calls)}, tmp_path / f"{rank}")
 
-    scored(0)
+    scored(0, "ddp")
     alone = load_file(tmp_path / "0")
     (tmp_path / "cache-0").rename(tmp_path / "cache of one")
     assert on_ranks(2, scored) == [0, 0]
     both = [load_file(tmp_path / f"{rank}") for rank in range(2)]
     assert all(torch.equal(found["values"], alone["values"]) for found in both)
-    assert [found["calls"].tolist() for found in both] == [[3, 3, 3], [3, 3, 2]]
+    of_chunks = [[n for n in found["calls"].tolist() if n > 1] for found in both]
+    assert of_chunks == [[3, 3, 3], [3, 3, 2]]  # with parts, passes of one sequence keep step
     assert not (tmp_path / "cache-1").exists()  # the first one keeps them
+    kept = [[f.name for f in (tmp_path / n).rglob("*.*")] for n in ("cache of one", "cache-0")]
+    assert kept[0] == kept[1]  # by the same key
 
 
 def newest_checkpoint(folder):
@@ -262,18 +286,17 @@ def newest_checkpoint(folder):
 
 def restored(rank, folder, file, *, in_parts):
     """Read a checkpoint into a fresh model and write what was read, in one piece."""
-    model = load_model(find_model(str(folder)))
+    source = find_model(str(folder))
     settings = validate(DistributedConfig, FSDP if in_parts else {})
     with ranks.joined(settings):
-        if in_parts:
-            sharding.shard(model)
+        model = InParts().load(source) if in_parts else load_model(source)
         optimizer = adamw(model, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
         sharding.read_shards(newest_checkpoint(folder), model, optimizer)
         found = {
-            f"{name}/{entry}": sharding.whole(value).contiguous()
+            f"{name}/{entry}": parts.whole(value).contiguous()
             for name, parameter in model.named_parameters()
             for entry, value in ({"": parameter.detach()} | optimizer.state[parameter]).items()
         }
@@ -315,8 +338,10 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_kind(tmp_path):
     check_equal(folder, alone("sft"))
 
 
-def test_recomputation_and_bf16_work_in_parts(tmp_path):
+@pytest.mark.parametrize("adapter", [None, {"kind": "dora", "rank": 2}], ids=str)
+def test_recomputation_and_bf16_work_in_parts(adapter, tmp_path):
     changes = {"max_steps": 3, "gradient_checkpointing": True, "precision": "bf16"}
+    changes |= {"adapter": adapter}
     for name, kind, size in (("one", "ddp", 1), ("two", "fsdp", 2)):
         config = config_of("dpo", kind, tmp_path / name, changes)
         assert on_ranks(size, lambda rank, config=config: train(config)) == [0] * size
@@ -325,43 +350,107 @@ def test_recomputation_and_bf16_work_in_parts(tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"adapter": {"kind": "dora", "rank": 2}}, {"precision": "pure_bf16"}], ids=str
-)
-def test_adapters_and_bfloat16_weights_train_as_in_one_process(changes, tmp_path):
-    changes = changes | {"max_steps": 4}
-    for name, size in (("one", 1), ("two", 2)):  # in children: products in bfloat16 leave threads
-        config = config_of("dpo", "ddp", tmp_path / name, changes)
-        assert on_ranks(size, lambda rank, config=config: train(config)) == [0] * size
-    one, two = numbers_of(tmp_path / "one"), numbers_of(tmp_path / "two")
+VARIANTS = {
+    "dora": {"adapter": {"kind": "dora", "rank": 2}},
+    "pure_bf16": {"precision": "pure_bf16"},
+    "both": {"adapter": {"kind": "lora", "rank": 2}, "precision": "pure_bf16"},
+    "moving_reference": {"moving_reference": {"mix": 0.5, "every": 2}},
+}
+
+
+@cache
+def one_process(variant):
+    """In a child: products in bfloat16 leave threads."""
+    sft_run()
+    config = config_of("dpo", "ddp", scratch() / f"one {variant}", VARIANTS[variant] | SHORT)
+    assert on_ranks(1, lambda rank: train(config)) == [0]
+    return scratch() / f"one {variant}"
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapters_bfloat16_weights_and_moving_references_train_as_in_one_process(
+    variant, kind, tmp_path
+):
+    changes = VARIANTS[variant] | SHORT
+    one_process(variant)
+    config = config_of("dpo", kind, tmp_path / "two", changes)
+    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    one, two = numbers_of(one_process(variant)), numbers_of(tmp_path / "two")
     # Weights of eight bits round a step's update to a share of 2^-9, in another place on each CPU.
     close = {"rel": 5e-2, "abs": 1e-3} if "precision" in changes else {"rel": 1e-5, "abs": 1e-5}
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, **close)
+    exported = [
+        sorted(f.name for f in (p / "model").iterdir())
+        for p in (one_process(variant), tmp_path / "two")
+    ]
+    assert exported[0] == exported[1]
+
+
+def test_an_adapter_that_is_trained_further_is_compared_with_itself(tmp_path):
+    sft_run()
+    changes = {"model": {"path": str(sft_run())}, "adapter": {"kind": "lora", "rank": 2}}
+    config = sft_config(tmp_path / "sft", COMMON | SHORT | changes)
+    assert on_ranks(1, lambda rank: train(config)) == [0]
+    changes = {"model": {"path": str(tmp_path / "sft")}, "adapter": {"kind": "lora"}} | SHORT
+    changes |= {"evaluation.every": 2}
+    for name, kind, size in (("one", "ddp", 1), ("two", "fsdp", 2)):
+        config = config_of("dpo", kind, tmp_path / name, changes)
+        assert on_ranks(size, lambda rank, config=config: train(config)) == [0] * size
+    check_equal(tmp_path / "two", tmp_path / "one")
+    kl = [row["eval/kl"] for row in metrics_of(tmp_path / "two") if "eval/kl" in row]
+    assert kl[0] == 0 < kl[-1]
+    files = [(tmp_path / n / "model" / "adapter_base.json").read_text() for n in ("one", "two")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_in_parts_goes_on_bit_for_bit(variant, tmp_path):
+    sft_run()
+    config = config_of("dpo", "fsdp", tmp_path / "whole", VARIANTS[variant] | SHORT)
+    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    config = config_of("dpo", "fsdp", tmp_path / "stopped", VARIANTS[variant] | SHORT)
+
+    def stopped(rank):
+        signal_at(3, signal.SIGTERM)
+        train(config)
+
+    assert on_ranks(2, stopped) == [75, 75]
+    assert on_ranks(2, lambda rank: train(config)) == [0, 0]
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_offloaded_parts_train_alike(tmp_path, monkeypatch):
+    """All of it but a GPU: on a CPU, what is moved to main memory is there already."""
+    monkeypatch.setattr(InParts, "_check", lambda held: None)  # it refuses a CPU
+    sft_run()
+    for name, offload in (("here", False), ("offloaded", True)):
+        changes = SHORT | {"distributed.cpu_offload": offload}
+        config = config_of("dpo", "fsdp", tmp_path / name, changes)
+        assert on_ranks(2, lambda rank, config=config: train(config)) == [0, 0]
+    assert outcome(tmp_path / "offloaded") == outcome(tmp_path / "here")
 
 
 def test_what_several_processes_cannot_do_is_said(tmp_path):
     with pytest.raises(InputError, match="start it with torchrun"):
         train(config_of("sft", "fsdp", tmp_path / "run"))
+    with pytest.raises(ValueError, match="cpu_offload: only a model in parts is offloaded"):
+        config_of("sft", "ddp", tmp_path / "run", {"distributed.cpu_offload": True})
     sft_run()
-    whole = "it is for distributed.kind=ddp, not fsdp"
-    cases = [
-        ("fsdp", {"moving_reference": {"every": 2}}, f"moving_reference: {whole}"),
-        ("fsdp", {"adapter": {"kind": "lora"}}, f"adapter: {whole}"),
-        ("fsdp", {"precision": "pure_bf16"}, f"precision=pure_bf16: {whole}"),
-        (
-            "ddp",
-            {"optimizer": {"in_backward": True, "max_grad_norm": None}, "batch.max_tokens": 4096},
-            "optimizer.in_backward: it is for one process",
-        ),
-    ]
 
-    def refused(rank, kind, changes, sentence):
-        with pytest.raises(InputError, match=sentence):
-            train(config_of("dpo", kind, tmp_path / kind, changes))
+    def offloaded(rank):
+        with pytest.raises(InputError, match="there is no GPU here"):
+            train(config_of("sft", "fsdp", tmp_path / "run", {"distributed.cpu_offload": True}))
 
-    for case in cases:
-        assert on_ranks(2, lambda rank, case=case: refused(rank, *case)) == [0, 0]
+    assert on_ranks(2, offloaded) == [0, 0]
+    changes = {"optimizer": {"in_backward": True, "max_grad_norm": None}, "batch.max_tokens": 4096}
+
+    def refused(rank):
+        with pytest.raises(InputError, match=r"optimizer\.in_backward: it is for one process"):
+            train(config_of("dpo", "fsdp", tmp_path / "run", changes))
+
+    assert on_ranks(2, refused) == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["llama", "neox"])
@@ -374,16 +463,15 @@ def test_other_architectures_are_cut_run_and_put_together_again(name, tmp_path):
     norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
 
     def cut(rank):
-        model = make(name, 300)
         with ranks.joined(settings):
-            sharding.shard(model)
+            model = InParts().make(lambda: make(name, 300))
             found = response_logps(model, sequences)
             (found.sum() / 2).backward()  # both ranks do: half of it each
             gradients = [parameter.grad for parameter in model.parameters()]
             torch.testing.assert_close(found, expected)
-            total = sharding.whole(torch.nn.utils.get_total_norm(gradients))
+            total = parts.whole(torch.nn.utils.get_total_norm(gradients))
             torch.testing.assert_close(total, norm, rtol=1e-5, atol=0)
-            whole = sharding.whole_copy(model)
+            whole = parts.whole_copy(model)
             if rank == 0:
                 assert type(whole) is type(plain)
                 for key, value in plain.state_dict().items():

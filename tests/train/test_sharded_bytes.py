@@ -9,9 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpo.config import DistributedConfig
 from dpo.core import scaling
 from dpo.data.tokenize import TokenSequence
+from dpo.models import parts
 from dpo.models.counts import transformer_layers
 from dpo.models.scoring import response_logps
-from dpo.train import ranks, sharding
+from dpo.train import ranks
+from dpo.train.in_parts import InParts
 from dpo.train.schedule import adamw
 from tiny_models import make
 from train.several_ranks import on_ranks
@@ -21,7 +23,7 @@ VOCAB = 301  # odd: the parts are not equal
 
 
 def held(tensors):
-    local = [sharding.local(tensor) for tensor in tensors]
+    local = [parts.local(tensor) for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
@@ -43,12 +45,11 @@ class Watched(TorchDispatchMode):
 
 def measure(rank, name, folder):
     with ranks.joined(DistributedConfig(kind="fsdp")):
-        policy = make(name, VOCAB)
-        sharding.shard(policy)
+        policy = InParts().make(lambda: make(name, VOCAB))
         optimizer = adamw(policy, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0)
         with Watched() as sent:
             (-response_logps(policy, SEQUENCES).sum()).backward()
-        sharding.settle(policy)
+        parts.settle(policy)
         optimizer.step()
         parameters = list(policy.parameters())
         moments = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -182,13 +182,20 @@ def experiment_sentiment(settings: Settings = None, as_json: AsJSON = False) -> 
     _run(lambda: run_sentiment(config), config, as_json=as_json)
 
 
-def _run(study: Callable[[], object], config: Any, *, as_json: bool) -> None:
+class Finished(Protocol):
+    """What a study returns."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is: a small form has a folder of its own."""
+
+
+def _run(study: Callable[[], Finished], config: Any, *, as_json: bool) -> None:
     """Run a study and leave its page."""
     from dpo.report.results import study_result
 
     quiet_transformers()
-    folder = Path(config.out)
     with on_screen(as_json=as_json):
-        study()
+        folder = study().folder
         leave_page(folder, config)
     finish(lambda: study_result(folder), as_json=as_json)

@@ -145,6 +145,14 @@ def shared_out(model: ModelSize, parts: int) -> ModelSize:
     )
 
 
+def with_offload(peak: StepPeak, model: ModelSize, per: Stored) -> StepPeak:
+    """The same moment where parts, gradients and optimizer are in main memory: on the device are
+    the gradients of what is gathered, all that is outside the layers and one layer.
+    """
+    gathered = model.rest_trained + model.layer_trained
+    return replace(peak, optimizer=0.0, gradients=gathered * per.gradient)
+
+
 def logit_bytes(predicted: int, vocab: int, *, most: int) -> int:
     """Float32 logits that exist at once (`dpo.core.head`): all where `most` bytes hold them, else
     an equal part.

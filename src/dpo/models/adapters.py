@@ -16,16 +16,18 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from dpo.errors import InputError
@@ -38,7 +40,8 @@ from dpo.models.load import (
     load_model,
     weights_digest,
 )
-from dpo.models.plan import as_evaluated, in_bfloat16, share_plan
+from dpo.models.parts import is_sharded, local, rows_of, weights_stood_in, whole
+from dpo.models.plan import as_evaluated, rounded, scoring_plan, share_plan
 
 log = logging.getLogger("dpo")
 
@@ -78,12 +81,49 @@ class AdapterSettings:
 # -- opening -------------------------------------------------------------------------------------
 
 
+class Holder(Protocol):
+    """How a process holds a model: whole, or a part of it."""
+
+    def load(self, source: ModelSource, *, quantize: str | None = None) -> nn.Module:
+        """The model of a folder or a hub id; where the folder holds an adapter, merged with its
+        base.
+        """
+        ...
+
+    def make(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """The model that a function makes."""
+        ...
+
+    def change(self, model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        """The model after a change that may be made in place. It is scored as it was."""
+        ...
+
+
+class Whole:
+    """Every process holds the whole model."""
+
+    def load(self, source: ModelSource, *, quantize: str | None = None) -> nn.Module:
+        if holds_adapter(source):
+            return merge(_with_saved_adapter(source, self))
+        return load_model(source, quantize=quantize)
+
+    def make(self, make: Callable[[], nn.Module]) -> nn.Module:
+        return make()
+
+    def change(self, model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        return change(model)
+
+
+WHOLE = Whole()
+
+
 def open_model(
     source: ModelSource,
     *,
     adapter: AdapterSettings | None = None,
     seed: int = 0,
     pure_bf16: bool = False,
+    held: Holder = WHOLE,
 ) -> nn.Module:
     """A causal language model in evaluation mode, whole or with an adapter to train.
 
@@ -99,36 +139,49 @@ def open_model(
         InputError: no such model or base, an adapter that does not fit it or is of a kind that we
             do not know, settings that do not go with the model, or peft is not installed.
     """
-    if not holds_adapter(source):
-        if adapter is None:
-            return _typed(load_model(source), pure_bf16)
-        _peft()
-        model = load_model(source, quantize=adapter.quantize)
-        if adapter.quantize is None:
-            _bases[model] = weights_digest(model)
-        return add_adapter(_typed(model, pure_bf16), adapter, source=source, seed=seed)
     if adapter is None:
-        return _typed(merge(_with_saved_adapter(source)), pure_bf16)
-    model = _with_saved_adapter(source, quantize=adapter.quantize, pure_bf16=pure_bf16)
-    _check_continued(model, adapter, source)
-    _set_dropout(model, adapter.dropout)
-    _tell(model)
-    return model.eval()
+        return typed(held.load(source), pure_bf16, held)
+    _peft()
+    if holds_adapter(source):
+        model = _with_saved_adapter(source, held, continued=adapter, pure_bf16=pure_bf16)
+        _check_continued(model, adapter, source)
+        _tell(model)
+        return model.eval()
+    model = held.load(source, quantize=adapter.quantize)
+    digest = None if adapter.quantize else weights_digest(model)
+    model = add_adapter(typed(model, pure_bf16, held), adapter, source=source, seed=seed, held=held)
+    if digest is not None:
+        _bases[model] = digest
+    return model
 
 
-def _typed(model: nn.Module, pure_bf16: bool) -> nn.Module:
-    return in_bfloat16(model) if pure_bf16 else model
+def typed(model: nn.Module, pure_bf16: bool, held: Holder = WHOLE) -> nn.Module:
+    """The model with weights of the type that training wants.
+
+    How it is scored is found out before: afterwards rounding would hide what the trial looks for.
+    """
+    if not pure_bf16:
+        return model
+    scoring_plan(model)
+    return held.change(model, rounded)
 
 
 def add_adapter(
-    model: nn.Module, settings: AdapterSettings, *, source: ModelSource, seed: int
+    model: nn.Module,
+    settings: AdapterSettings,
+    *,
+    source: ModelSource,
+    seed: int,
+    held: Holder = WHOLE,
 ) -> nn.Module:
     """Freeze the model and put a new adapter on its linear layers, in place, and say so.
 
     Raises:
         InputError: a target is no linear layer between embedding and head.
     """
-    put_adapter(model, settings, source=source, seed=seed)
+    model = held.change(model, partial(put_adapter, settings=settings, source=source, seed=seed))
+    if is_sharded(model):
+        _measure_magnitudes(model)
     _tell(model)
     return model
 
@@ -168,7 +221,8 @@ def put_adapter(
 
 def _inject(model: nn.Module, config: Any) -> None:
     """Freeze the model and give its layers the adapter, in float32 on whatever weights."""
-    _peft().inject_adapter_in_model(config, model, NAME)
+    with weights_stood_in(model):
+        _peft().inject_adapter_in_model(config, model, NAME)
     for name, parameter in model.named_parameters():
         if _of_adapter(name):
             parameter.data = parameter.data.float()
@@ -241,9 +295,17 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _with_saved_adapter(
-    source: ModelSource, *, quantize: str | None = None, pure_bf16: bool = False
+    source: ModelSource,
+    held: Holder,
+    *,
+    continued: AdapterSettings | None = None,
+    pure_bf16: bool = False,
 ) -> nn.Module:
-    """The base that an adapter's folder names, with the adapter on it."""
+    """The base that an adapter's folder names, with the adapter on it.
+
+    Args:
+        continued: how the adapter is trained further, if it is.
+    """
     folder = Path(source.path)
     config = _saved_config(source)
     try:
@@ -251,23 +313,32 @@ def _with_saved_adapter(
     except Exception as error:  # safetensors raises its own types
         raise explain(error, "adapter", source) from error
     base = _base_of(source, config)
-    model = open_model(base) if holds_adapter(base) else load_model(base, quantize=quantize)
-    if quantize is None:
-        _bases[model] = weights_digest(model)
-        _check_base(folder, base, _bases[model])
-    model = _typed(model, pure_bf16)
+    quantize = None if continued is None else continued.quantize
+    model = held.load(base, quantize=quantize)
+    digest = None if quantize else weights_digest(model)
+    if digest is not None:
+        _check_base(folder, base, digest)
     config.inference_mode = False
-    with torch.random.fork_rng(devices=[]):
-        _inject(model, config)
-    own = _state(model)
-    given = {
-        name.removeprefix(PREFIX).replace(MAGNITUDE + WEIGHT, MAGNITUDE): tensor
-        for name, tensor in weights.items()
-    }
-    if own.keys() != given.keys() or any(own[n].shape != given[n].shape for n in own):
-        raise InputError(f"{folder}: its {ADAPTER_WEIGHTS} does not fit the model {base.path}.")
-    for name, tensor in own.items():
-        tensor.copy_(given[name])
+
+    def attached(model: nn.Module) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            _inject(model, config)
+        own = _state(model)
+        given = {
+            name.removeprefix(PREFIX).replace(MAGNITUDE + WEIGHT, MAGNITUDE): tensor
+            for name, tensor in weights.items()
+        }
+        if own.keys() != given.keys() or any(own[n].shape != given[n].shape for n in own):
+            raise InputError(f"{folder}: its {ADAPTER_WEIGHTS} does not fit the model {base.path}.")
+        for name, tensor in own.items():
+            tensor.copy_(given[name])
+        if continued is not None:
+            _set_dropout(model, continued.dropout)
+        return model
+
+    model = held.change(typed(model, pure_bf16, held), attached)
+    if digest is not None:
+        _bases[model] = digest
     return model
 
 
@@ -380,6 +451,30 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
 
 
+@torch.no_grad()
+def _measure_magnitudes(model: nn.Module) -> None:
+    """Give DoRA's m of a new adapter its value, |W|, where the weights were not there when the
+    adapter was put on: a model in parts. peft's own code computes it, layer by layer.
+    """
+    for _, layer in adapter_layers(model):
+        if NAME not in layer.lora_magnitude_vector:
+            continue
+        magnitude = layer.lora_magnitude_vector[NAME]
+        base = nn.Module()
+        base.weight = nn.Parameter(whole(layer.get_base_layer().weight))
+        a, b = (whole(x[NAME].weight).to(base.weight.dtype) for x in (layer.lora_A, layer.lora_B))
+        again = type(magnitude)(magnitude.fan_in_fan_out)
+        again.update_layer(base_layer=base, lora_A=a, lora_B=b, scaling=layer.scaling[NAME])
+        local(magnitude.weight).copy_(again.weight[rows_of(magnitude.weight)])
+
+
+def carry_base(model: nn.Module, copy: nn.Module) -> nn.Module:
+    """The copy, which stands on the same base as the model."""
+    if model in _bases:
+        _bases[copy] = _bases[model]
+    return copy
+
+
 def has_adapter(model: nn.Module) -> bool:
     return any(hasattr(module, "lora_A") for module in model.modules())
 
@@ -455,11 +550,22 @@ class PolicyAtStart(nn.Module):
     def _swap(self) -> None:
         """Exchange the kept weights with the policy's. Storages change places, no number is copied,
         and a graph that waits for its backward pass finds its own again.
+
+        Of a policy in parts the numbers are copied: that is where they are gathered from, also for
+        the backward pass. Its blocks, which hold the adapter, are not gathered between passes.
         """
         (policy,) = self._policy
         for name, parameter in policy.named_parameters():
             if name in self._kept:
-                parameter.data, self._kept[name] = self._kept[name], parameter.data
+                kept = self._kept[name]
+                if isinstance(parameter, DTensor):
+                    _exchange(local(parameter), local(kept))
+                else:
+                    parameter.data, self._kept[name] = kept, parameter.data
+
+    def modules(self, *args: Any, **options: Any) -> Iterator[nn.Module]:
+        """The policy's: whether they are in parts can be asked of both."""
+        yield from self._policy[0].modules(*args, **options)
 
     def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, Any]]:
         """Those that decide what it computes, under the names of a model without an adapter: its
@@ -480,6 +586,13 @@ class PolicyAtStart(nn.Module):
         (policy,) = self._policy
         found: nn.Module = policy.get_output_embeddings()  # type: ignore[operator]
         return found
+
+
+@torch.no_grad()
+def _exchange(a: Tensor, b: Tensor) -> None:
+    before = a.clone()
+    a.copy_(b)
+    b.copy_(before)
 
 
 def _of_adapter(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dpo.core.logps import at_least_float32
 from dpo.data.pack import Batch
 from dpo.models.attention import packed_attention_of
+from dpo.models.parts import device_of
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -60,7 +62,7 @@ def float32_weights(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 def _run(model: nn.Module, batch: Batch, precision: str) -> Any:
     """What the model gives: logits with a head, hidden states without."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(batch.ids).to(device)}
     attention: AbstractContextManager[None] = nullcontext()
     if batch.trees is not None:
@@ -128,7 +130,9 @@ def trunk_outputs(trunk: nn.Module, batch: Batch, *, precision: str = "fp32") ->
     """The last hidden states of a model without a head at the batch's scored positions, (N, D), in
     at least float32.
     """
-    hidden: Tensor = _run(trunk, batch, precision).last_hidden_state
+    with warnings.catch_warnings():  # of changing in place what a trunk in parts gives: nobody does
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+        hidden: Tensor = _run(trunk, batch, precision).last_hidden_state
     return at_least_float32(hidden[_index(batch.row), _index(batch.column)])
 
 

@@ -26,6 +26,7 @@ from dpo.core.logps import at_least_float32
 from dpo.errors import DivergedError, InputError
 from dpo.models.forward import float32_head, head_replaced, precision_context
 from dpo.models.load import max_positions
+from dpo.models.parts import device_of
 
 SHRINK_AT = 1 / 8
 """Ended responses leave once they are this share of the batch, because leaving copies the cache."""
@@ -148,7 +149,7 @@ def generate(
     if batch_size < 1:
         raise InputError(f"sampling: batch_size must be at least 1, not {batch_size}.")
     responses: dict[int, SampledResponse] = {}
-    device = next(model.parameters()).device
+    device = device_of(model)
     context = precision_context(precision, device)
     with _evaluation_mode(model), _last_position_only(model), context:
         plain = bool(prompts) and has_plain_cache(model, prompts[0][0])
@@ -272,7 +273,7 @@ def has_plain_cache(model: nn.Module, token: int) -> bool:
         return False
     if getattr(model, "_is_stateful", False):
         return False
-    ids = torch.tensor([[token]], device=next(model.parameters()).device)
+    ids = torch.tensor([[token]], device=device_of(model))
     cache = model(input_ids=ids, use_cache=True, return_dict=True).get("past_key_values")
     return type(cache) is DynamicCache and all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers

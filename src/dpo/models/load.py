@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 from transformers.activations import NewGELUActivation
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dpo.data.files import existing
 from dpo.errors import InputError, did_you_mean_path, reason_of
+from dpo.models.parts import class_name, device_of, tensors_of, whole, without_weights
 
 log = logging.getLogger("dpo")
 
@@ -175,12 +180,82 @@ def load_model(source: ModelSource, *, quantize: str | None = None) -> nn.Module
         )
     _check_complete(report, source)
     loaded: nn.Module = model.eval()
-    if _looks_ahead(loaded):
+    check_causal(loaded, source)
+    return fuse_activations(loaded)
+
+
+def load_blueprint(source: ModelSource) -> nn.Module:
+    """What `load_model` gives, in all but its weights: its parameters are on the meta device, its
+    buffers are real.
+
+    Raises:
+        InputError: no such model.
+    """
+    arguments = source.arguments()
+    try:
+        config = AutoConfig.from_pretrained(source.path, **arguments)
+        with without_weights():
+            made: Any = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
+            )
+    except Exception as error:
+        raise explain(error, "model", source) from error
+    made.tie_weights()
+    return fuse_activations(made.eval())
+
+
+def own_files(source: ModelSource, blueprint: nn.Module) -> dict[str, str] | None:
+    """The safetensors file of each of a model's tensors, where the files hold these under the
+    model's own names, all of them and nothing else; None where reading them takes the loader of
+    transformers.
+
+    A hub model's files are downloaded.
+    """
+    registered = get_model_conversion_mapping(blueprint, add_legacy=False)  # type: ignore[arg-type]
+    if registered or getattr(blueprint.config, "quantization_config", None) is not None:
+        return None
+    expected = {name: list(t.shape) for name, t in tensors_of(blueprint).items()}
+    found: dict[str, str] = {}
+    try:
+        for file in _weight_files(source):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 -- it is no dictionary
+                    if opened.get_slice(name).get_shape() != expected.get(name):
+                        return None
+                    found[name] = file
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None  # the loader says what is wrong
+    return found if found.keys() == expected.keys() else None
+
+
+def _weight_files(source: ModelSource) -> list[str]:
+    """Where a model's safetensors are: one file, or those that an index lists."""
+    options: dict[str, Any] = {"revision": source.revision, "local_files_only": source.local}
+    options["_raise_exceptions_for_missing_entries"] = False
+    single = cached_file(source.path, SAFE_WEIGHTS_NAME, **options)
+    if single is not None:
+        return [single]
+    index = cached_file(source.path, SAFE_WEIGHTS_INDEX_NAME, **options)
+    if index is None:
+        return []
+    files: list[str]
+    files, _ = get_checkpoint_shard_files(
+        source.path, index, revision=source.revision, local_files_only=source.local
+    )
+    return files
+
+
+def check_causal(model: nn.Module, source: ModelSource) -> None:
+    """Refuse a model that sees the tokens that it is to predict.
+
+    Raises:
+        InputError: it does.
+    """
+    if _looks_ahead(model):
         raise InputError(
-            f"{source.path}: {type(loaded).__name__} predicts a token from those after it; "
+            f"{source.path}: {class_name(model)} predicts a token from those after it; "
             "expected a causal language model."
         )
-    return fuse_activations(loaded)
 
 
 def need_bitsandbytes(key: str, value: str) -> None:
@@ -244,7 +319,7 @@ def _check_complete(report: Mapping[str, Any], source: ModelSource) -> None:
 def _looks_ahead(model: nn.Module) -> bool:
     """Whether a token changes the prediction made before it."""
     last = int(model.get_input_embeddings().weight.shape[0]) - 1  # type: ignore[operator]
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.tensor([[0, 0], [0, last]], device=device)
     with torch.no_grad():
         first, second = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0]
@@ -324,7 +399,7 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        data = whole(parameter.detach()).cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(data.numpy().data)
     return digest.hexdigest()
 

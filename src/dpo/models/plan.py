@@ -19,6 +19,7 @@ from dpo.data.pack import Batch, pack, pad
 from dpo.data.tokenize import TokenSequence
 from dpo.models.attention import UnsupportedAttention
 from dpo.models.forward import head_inputs, selected_logits
+from dpo.models.parts import class_name
 
 log = logging.getLogger("dpo")
 
@@ -69,6 +70,11 @@ def in_bfloat16(model: nn.Module) -> nn.Module:
     Buffers stay as they are: rotary frequencies in bfloat16 would be other positions.
     """
     scoring_plan(model)
+    return rounded(model)
+
+
+def rounded(model: nn.Module) -> nn.Module:
+    """The same of a model whose plan is another's (`share_plan`), or that has no weights yet."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
@@ -79,11 +85,9 @@ def _find_plan(model: nn.Module) -> ScoringPlan:
         reason = why_not_packed(model)
         form = head_form(model)
     if reason is not None:
-        log.info(
-            "%s is run on padded rows, without prefix sharing: %s.", type(model).__name__, reason
-        )
+        log.info("%s is run on padded rows, without prefix sharing: %s.", class_name(model), reason)
     if form is None:
-        log.info("%s is scored through its own output head.", type(model).__name__)
+        log.info("%s is scored through its own output head.", class_name(model))
     return ScoringPlan(reason is None, form)
 
 

@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo.errors import InputError
 from dpo.models.attention import attention_named
+from dpo.models.parts import class_name
 
 
 def enable_recomputation(model: nn.Module) -> None:
@@ -22,7 +23,7 @@ def enable_recomputation(model: nn.Module) -> None:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers or not getattr(model, "supports_gradient_checkpointing", False):
         raise InputError(
-            f"gradient_checkpointing: {type(model).__name__} does not support it; leave it out."
+            f"gradient_checkpointing: {class_name(model)} does not support it; leave it out."
         )
     # The name that transformers gives it from 5.x on, and the one before.
     enable: Any = getattr(model, "activation_checkpointing_enable", None)

@@ -43,6 +43,7 @@ from dpo.models.load import (
     load_tokenizer,
     pick_device,
 )
+from dpo.models.parts import device_of
 from dpo.models.plan import TOLERANCE, as_evaluated, trial_sequences, why_not_packed
 from dpo.models.scoring import MAX_TOKENS
 
@@ -85,7 +86,9 @@ def from_causal(model: nn.Module, *, seed: int) -> nn.Module:
     classifier.config = config  # the object that the trunk's layers look at
     weight = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    classifier.score.to_empty(device=embeddings.weight.device).to(embeddings.weight.dtype)
+    place = embeddings.weight.device  # the meta device, where the model is yet to be cut
+    place = torch.device("cpu") if place.type == "meta" else place
+    classifier.score.to_empty(device=place).to(embeddings.weight.dtype)
     with torch.no_grad():
         classifier.score.weight.copy_(weight / (width + 1) ** 0.5)
     found: nn.Module = classifier.eval()
@@ -103,13 +106,13 @@ def give_padding(model: nn.Module, tokenizer: Any, *, ends: Collection[int]) -> 
     taken = {*ends, tokenizer.bos_token_id, tokenizer.unk_token_id}
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in taken:
         tokenizer.add_special_tokens({"pad_token": PADDING})
-        grown: Any = model
-        rows = grown.get_input_embeddings().weight.shape[0]
-        if tokenizer.pad_token_id >= rows:
-            with torch.random.fork_rng(devices=[]):  # it draws rows, which are overwritten
-                grown.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
-            with torch.no_grad():
-                grown.get_input_embeddings().weight[rows:] = 0.0
+    grown: Any = model
+    rows = grown.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id >= rows:
+        with torch.random.fork_rng(devices=[]):  # it draws rows, which are overwritten
+            grown.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+        with torch.no_grad():
+            grown.get_input_embeddings().weight[rows:] = 0.0
     tokenizer.padding_side = "right"
     config: Any = model.config
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -284,6 +287,12 @@ def _reading_of(model: nn.Module) -> _Reading | None:
     return _readings[model]
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether a classifier runs packed rows; the first call tries it out."""
+    reading = _reading_of(model)
+    return reading is not None and reading.packed
+
+
 def _find_reading(model: Any) -> _Reading | None:
     name = type(model).__name__
     if not isinstance(getattr(model, "score", None), nn.Module):
@@ -340,7 +349,7 @@ def _own_logits(model: nn.Module, sequences: Sequence[TokenSequence], precision:
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.full(mask.shape, _padding_of(model) or 0)
     ids[mask] = torch.tensor([i for s in sequences for i in s.ids])
-    device = next(model.parameters()).device
+    device = device_of(model)
     with precision_context(precision, device):
         output = model(input_ids=ids.to(device), attention_mask=mask.long().to(device))
     return at_least_float32(output.logits)

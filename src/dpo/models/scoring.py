@@ -17,6 +17,7 @@ from dpo.core.logps import sum_per_sequence, token_logps
 from dpo.data.pack import packed_groups, padded_groups
 from dpo.data.tokenize import TokenSequence
 from dpo.models.forward import float32_weights, head_inputs, selected_logits
+from dpo.models.parts import device_of
 from dpo.models.plan import scoring_plan
 
 MAX_TOKENS = 16_384
@@ -127,7 +128,7 @@ def token_scores(
     """The sequences run as one batch. With `states`, what another head may be put on as well."""
     plan = scoring_plan(model)
     batch = plan.layout(sequences)
-    device = next(model.parameters()).device
+    device = device_of(model)
     source, targets, sequence = (
         torch.from_numpy(x).to(device) for x in (batch.source, batch.targets, batch.sequence)
     )

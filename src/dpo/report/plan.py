@@ -23,6 +23,7 @@ SMALL_PASSES: dict[str, Any] = {"batch.max_tokens": 1024, "batch.max_logit_mib":
 ROUNDED: dict[str, Any] = {"precision": "pure_bf16"}
 LORA: dict[str, Any] = {"adapter": "lora"}
 SHARDED: dict[str, Any] = {"distributed.kind": "fsdp"}
+OFFLOADED: dict[str, Any] = SHARDED | {"distributed.cpu_offload": True}
 
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
@@ -30,11 +31,13 @@ CHANGES: tuple[dict[str, Any], ...] = (
     RECOMPUTED | SMALL_PASSES,
     RECOMPUTED | IN_BACKWARD,
     SHARDED | RECOMPUTED | SMALL_PASSES,
+    OFFLOADED | RECOMPUTED | SMALL_PASSES,
     ROUNDED | RECOMPUTED | SMALL_PASSES,
     ROUNDED | RECOMPUTED | IN_BACKWARD,
     LORA,
     LORA | RECOMPUTED | SMALL_PASSES,
     LORA | ROUNDED | RECOMPUTED | SMALL_PASSES,
+    SHARDED | LORA | ROUNDED | RECOMPUTED | SMALL_PASSES,
 )
 """What is tried, from what changes least to what changes most. The gradient is the same but for
 rounding until the weights are rounded, and an adapter trains less than all.
@@ -96,10 +99,12 @@ def _trials(
     """The configuration as it is, and what goes with it of the changes."""
     devices = config.machine.devices
     values = config.model_dump(mode="json", exclude_unset=True)
+    tried: list[dict[str, Any]] = []
     for changes in CHANGES:
         own = {key: value for key, value in changes.items() if _get(config, key) != value}
-        if (changes and not own) or (changes.keys() & SHARDED and devices == 1):
+        if own in tried or (changes.keys() & SHARDED and devices == 1):
             continue
+        tried.append(own)
         try:
             changed = validate(type(config), nested(values, own))
             found = estimate(

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dpo.config import AdapterConfig, ModelConfig, RunConfig
-from dpo.models.adapters import AdapterSettings, PolicyAtStart
+from dpo.models.adapters import WHOLE, AdapterSettings, Holder, PolicyAtStart
 from dpo.models.load import find_model, holds_adapter
+from dpo.train.in_parts import InParts
 from dpo.train.session import Policy, open_policy, open_reference
 
 
@@ -28,6 +29,7 @@ def open_trained(config: RunConfig, texts: Sequence[str], trust_remote_code: boo
         trust_remote_code,
         adapter=adapter,
         pure_bf16=config.precision == "pure_bf16",
+        held=held_by(config),
     )
 
 
@@ -39,13 +41,24 @@ def open_reference_of(
     With an adapter the latter is the policy's own model (`PolicyAtStart`), else one read apart.
     """
     if named is not None or config.adapter is None:
-        pure_bf16 = config.precision == "pure_bf16"
         return open_reference(
-            named, config.model, config.seed, trust_remote_code, pure_bf16=pure_bf16
+            named,
+            config.model,
+            config.seed,
+            trust_remote_code,
+            pure_bf16=config.precision == "pure_bf16",
+            held=held_by(config),
         )
     assert config.model.path is not None
     continued = holds_adapter(find_model(config.model.path, revision=config.model.revision))
     return replace(policy, model=PolicyAtStart(policy.model, continued=continued))
+
+
+def held_by(config: RunConfig) -> Holder:
+    """How every process of a run holds its models."""
+    if config.distributed.kind == "fsdp":
+        return InParts(offload=config.distributed.cpu_offload)
+    return WHOLE
 
 
 def settings_of(config: AdapterConfig) -> AdapterSettings:

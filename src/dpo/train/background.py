@@ -59,7 +59,14 @@ class CheckpointWriter:
         self._run.sync_metrics()
         return checkpoint.write(self._run.checkpoints, taken, self._run.origin)
 
-    def write_shards(self, policy: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    def write_shards(
+        self,
+        policy: nn.Module,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        *,
+        companion: nn.Module | None,
+    ) -> None:
         """Write a checkpoint of a sharded policy now: all ranks write together, none in a thread.
 
         Raises:
@@ -68,7 +75,12 @@ class CheckpointWriter:
         if self._run.writes:
             self._run.sync_metrics()
         written = checkpoint.write_shards(
-            self._run.checkpoints, policy, optimizer, state, self._run.origin
+            self._run.checkpoints,
+            policy,
+            optimizer,
+            state,
+            self._run.origin,
+            companion=companion,
         )
         if written is not None:
             self._log(int(state["step"]), written, blocked=written.seconds)

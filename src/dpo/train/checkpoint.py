@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 
 from dpo.atomic import fsync_folder, replace_folder, storage_errors, unfinished, write_json
 from dpo.errors import CheckpointError
+from dpo.models.parts import is_sharded
 from dpo.train import ranks, sharding
-from dpo.train.sharding import weights
+from dpo.train.sharding import OF_COMPANION, weights, weights_of_companion
 
 MANIFEST = "MANIFEST.json"
 COMPANION = "companion.safetensors"
@@ -109,7 +110,7 @@ def snapshot(
         "optimizer.safetensors": _optimizer_tensors(policy, optimizer),
     }
     if companion is not None:
-        files[COMPANION] = weights(companion)
+        files[COMPANION] = weights_of_companion(companion)
     if tensors:
         files[METHOD] = tensors
     copies = {
@@ -134,7 +135,13 @@ def write(root: Path, taken: Snapshot, origin: Origin) -> Written:
 
 
 def write_shards(
-    root: Path, policy: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], origin: Origin
+    root: Path,
+    policy: nn.Module,
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    origin: Origin,
+    *,
+    companion: nn.Module | None = None,
 ) -> Written | None:
     """The same of a sharded policy: every rank writes its part, the first the rest. None on the
     others.
@@ -146,7 +153,7 @@ def write_shards(
     def fill(folder: Path) -> None:
         with ranks.together():  # the folder is there
             pass
-        sharding.write_shards(folder, policy, optimizer)
+        sharding.write_shards(folder, policy, optimizer, companion)
 
     if ranks.is_first():
         return _write(root, state, origin, fill)
@@ -249,12 +256,12 @@ def restore(
         CheckpointError: the tensors are not those of this model.
     """
     in_parts = any(checkpoint.folder.glob(sharding.SHARDS))
-    if in_parts or sharding.is_sharded(policy):
-        sharding.read_shards(checkpoint.folder, policy, optimizer)
+    if in_parts or is_sharded(policy):
+        sharding.read_shards(checkpoint.folder, policy, optimizer, companion)
         return
-    _put_back(policy, checkpoint.folder / "model.safetensors")
+    _put_back(weights(policy), checkpoint.folder / "model.safetensors")
     if companion is not None:
-        _put_back(companion, checkpoint.folder / COMPANION)
+        _put_back(weights(companion), checkpoint.folder / COMPANION)
     saved = load_file(checkpoint.folder / "optimizer.safetensors")
     for name, parameter in policy.named_parameters():
         keys = [key for key in saved if key.rpartition("/")[0] == name]
@@ -270,10 +277,10 @@ def method_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return load_file(file) if file.is_file() else {}
 
 
-def _put_back(model: nn.Module, file: Path) -> None:
+def _put_back(own: Mapping[str, Tensor], file: Path) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file.parent}: {file.name} is missing; it is of another run.")
-    saved, own = load_file(file), weights(model)
+    saved = {name.removeprefix(OF_COMPANION): t for name, t in load_file(file).items()}
     if saved.keys() != own.keys() or any(saved[n].shape != own[n].shape for n in own):
         raise CheckpointError(f"{file.parent}: its weights are those of another model.")
     with torch.no_grad():

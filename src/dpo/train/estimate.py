@@ -57,6 +57,8 @@ class Estimate:
     sampling: float
     """What drawing samples holds, beside weights and optimizer state, between steps."""
     process: float
+    offloaded: float
+    """What a process holds in main memory instead of on its GPU (`distributed.cpu_offload`)."""
     checkpoint: float
     """A copy of what a checkpoint holds, in main memory, while it is written."""
     operations: Operations
@@ -134,6 +136,8 @@ def estimate(
         devices=devices,
         weigh=lambda tokens, predicted: per_token * tokens + model.vocab * predicted,
     )
+    if config.optimizer.in_backward and devices > 1:
+        raise InputError("optimizer.in_backward: it is for one process.")
     if config.optimizer.in_backward and workload.most_passes > 1:
         raise InputError(
             "optimizer.in_backward: needs batches that go through the model in one pass; raise "
@@ -153,6 +157,9 @@ def estimate(
     )
     drawn = data.sampling
     shares = devices if config.distributed.kind == "fsdp" else 1
+    offload = config.distributed.cpu_offload
+    if offload and not machine.gpu:
+        raise InputError("distributed.cpu_offload: is for GPUs; the machine is none. Leave it out.")
     whole_logits = 4 * size.predicted * model.vocab
     work = cost.operations(
         model,
@@ -167,16 +174,21 @@ def estimate(
         "utilisation": machine.utilisation,
     }
     reward = _reward_parameters(config, trust_remote_code)
+    parts = (_model_bytes(model, config) + model.trained * (per.gradient + per.state)) / shares
+    reference = _reference_bytes(config, policy, trust_remote_code) / shares
+    peak = cost.step_peak(cost.shared_out(model, shares), size, settings)
     return Estimate(
         model=model,
         workload=workload,
         packed=packed,
-        peak=cost.step_peak(cost.shared_out(model, shares), size, settings),
-        weights=_weight_bytes(model, config, shares),
-        reference=_reference_bytes(config, policy, trust_remote_code),
+        peak=cost.with_offload(peak, model, per) if offload else peak,
+        weights=_gathered_bytes(model, config, shares)
+        + (0.0 if offload else _model_bytes(model, config) / shares),
+        reference=0.0 if offload else reference,
         reward=4.0 * reward,
         sampling=cost.sampling_bytes(policy, drawn) if drawn else 0.0,
         process=PROCESS_BYTES[machine.gpu],
+        offloaded=parts + reference if offload else 0.0,
         checkpoint=model.trained * (per.weight + per.state) / shares,
         operations=_shared(work, devices),
         seconds=cost.seconds(
@@ -244,21 +256,29 @@ def _reward_parameters(config: Trained, trust_remote_code: bool) -> int:
     return classifier_parameters(source)
 
 
-def _weight_bytes(model: ModelSize, config: Trained, shares: int) -> float:
-    """The policy's weights; of one in parts, its own and what is gathered at a time: all that is
-    outside the layers, two layers and one layer's gradient.
+def _model_bytes(model: ModelSize, config: Trained) -> float:
+    """The policy's weights."""
+    each = _bytes_of_weight(config)
+    if config.adapter is None:
+        return model.parameters * each
+    quantised = model.layers * model.layer_products if config.adapter.quantize else 0
+    bits = cost.QUANTISED[config.adapter.quantize] if config.adapter.quantize else 0.0
+    frozen = model.parameters - model.trained
+    return (frozen - quantised) * each + quantised * bits + model.trained * 4.0
+
+
+def _gathered_bytes(model: ModelSize, config: Trained, shares: int) -> float:
+    """What a process gathers at a time of a model in parts: all that is outside the layers, two
+    layers and one layer's gradient.
     """
-    each = 2.0 if config.precision == "pure_bf16" else 4.0
-    if config.adapter is not None:
-        quantised = model.layers * model.layer_products if config.adapter.quantize else 0
-        bits = cost.QUANTISED[config.adapter.quantize] if config.adapter.quantize else 0.0
-        frozen = model.parameters - model.trained
-        return (frozen - quantised) * each + quantised * bits + model.trained * 4.0
-    whole = model.parameters * each
     if shares == 1:
-        return whole
+        return 0.0
     outside = model.parameters - model.layers * model.layer_parameters
-    return whole / shares + (outside + 3 * model.layer_parameters) * each
+    return (outside + 3 * model.layer_parameters) * _bytes_of_weight(config)
+
+
+def _bytes_of_weight(config: Trained) -> float:
+    return 2.0 if config.precision == "pure_bf16" else 4.0
 
 
 def _reference_bytes(config: Trained, model: ModelSize, trust_remote_code: bool) -> float:
@@ -267,7 +287,7 @@ def _reference_bytes(config: Trained, model: ModelSize, trust_remote_code: bool)
         return 0.0
     if isinstance(config, PreferenceConfig) and not config.opens_reference:
         return 0.0
-    each = 2.0 if config.precision == "pure_bf16" else 4.0
+    each = _bytes_of_weight(config)
     if config.reference is None:
         return 0.0 if config.adapter is not None else model.parameters * each
     source = _source(config.reference, trust_remote_code, key="reference")
@@ -333,7 +353,17 @@ def needs_in_words(data: RunData, found: Estimate) -> list[str]:
         f"{model.parameters:,} parameters{trained}.",
         f"Memory at most {in_words(found.device_bytes)} ({parts}); fullest: {moment}.",
         f"About {found.seconds:.3g} seconds a step{drawing}, {time_in_words(whole)} in all.",
+        *_offloaded_in_words(found),
         *data.remarks,
+    ]
+
+
+def _offloaded_in_words(found: Estimate) -> list[str]:
+    if not found.offloaded:
+        return []
+    return [
+        f"Main memory holds {in_words(found.offloaded)} a process (weights, gradients, optimizer); "
+        "the time of an update there, and of what goes to and fro, is not in the estimate."
     ]
 
 

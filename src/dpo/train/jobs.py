@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from dpo.train.held_out import HeldOutFile, write_displaced
 from dpo.train.loop import fit
 from dpo.train.objective import Objective, check_scores, make_objective
 from dpo.train.on_policy import OnPolicyEvaluation, evaluation_on_policy
-from dpo.train.preference import PreferenceMethod
+from dpo.train.preference import PreferenceMethod, asks_reference
 from dpo.train.prepare import (
     SplitData,
     load_demonstrations,
@@ -112,6 +113,8 @@ def train_preference(config: PreferenceConfig, *, trust_remote_code: bool = Fals
         if run.finished:
             return run.folder
         method = _preference_method(config, objective, data, policy, reference, encoder, reward)
+        reference = None  # it is let go where nothing asks it again
+        gc.collect()  # a model in parts holds itself in circles
         _warn_of_whole_batches(method, config)
         _warn_of_a_still_reference(method, config)
         method.keep_held_out = HeldOutFile(run).write
@@ -153,6 +156,7 @@ def _preference_method(
     train = kind.encode(encoder, data.train, max_dropped=most, what="training rows")
     test = kind.encode(encoder, held_out, max_dropped=most, what="held-out rows")
     train_logps = test_logps = None
+    asked_again = config.moving_reference is not None or asks_reference(objective.wants)
     in_loss = reference if objective.needs_reference else None
     if in_loss is not None and config.moving_reference is None:
         of_train = kind.sequences(train)
@@ -178,7 +182,7 @@ def _preference_method(
         max_logit_bytes=config.batch.max_logit_mib << 20,
         on_policy=_on_policy(config, policy, reference, encoder, held_out, reward),
         save=model_saver(config, policy, encoder, LOSS_TITLES.format(config.loss.name)),
-        reference=None if in_loss is None else in_loss.model,
+        reference=in_loss.model if in_loss is not None and asked_again else None,
         vocab_size=policy.model.get_output_embeddings().weight.shape[0],  # type: ignore[operator]
         moving=config.moving_reference,
     )

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,11 @@ from dpo.atomic import replace_folder
 from dpo.config import RunConfig, TrainingConfig
 from dpo.data.order import batch_rows, split_among, split_by_tokens, steps_per_epoch
 from dpo.errors import DivergedError, InputError, Stopped
-from dpo.models.adapters import parameter_counts, train_adapters
+from dpo.models import parts
+from dpo.models.adapters import carry_base, parameter_counts, train_adapters
 from dpo.models.recompute import recompute_without_dropout
 from dpo.progress import counting
-from dpo.train import checkpoint, ranks, sharding
+from dpo.train import checkpoint, ranks
 from dpo.train.background import CheckpointWriter
 from dpo.train.optimizers import (
     BITSANDBYTES,
@@ -231,7 +232,7 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
     it (`distributed`); the first one writes.
 
     Raises:
-        InputError: the policy cannot be trained as `distributed` says.
+        InputError: a setting is not for several processes.
         DivergedError: a loss, a gradient or an updated weight is not finite; what is not is logged
             as it is and never saved.
         Stopped: SIGTERM or SIGINT came; the state is saved.
@@ -240,7 +241,7 @@ def fit(method: Method, policy: nn.Module, config: RunConfig, run: Run) -> None:
     """
     if config.optimizer.in_backward:
         check_one_pass(method, config)
-    _distribute(method, policy, config)
+    _check_distributed(config)
     optimizer = make_optimizer(policy, config.optimizer)
     progression = _resume(method, policy, optimizer, run)
     total = method.num_steps(config)
@@ -326,31 +327,19 @@ def check_one_pass(method: Method, config: RunConfig) -> None:
         )
 
 
-def _distribute(method: Method, policy: nn.Module, config: RunConfig) -> None:
-    """Make the policy what `distributed` says.
+def _check_distributed(config: RunConfig) -> None:
+    """Refuse what several processes cannot do together.
 
     Raises:
-        InputError: it cannot be.
+        InputError: a setting.
     """
     if ranks.size() > 1 and config.optimizer.in_backward:
         raise InputError(
             "optimizer.in_backward: it is for one process; several must add their gradients up "
             "before a weight may move."
         )
-    if config.distributed.kind == "fsdp":
-        for key, given in _WHOLE_ONLY.items():
-            if given(method, config):
-                raise InputError(f"{key}: it is for distributed.kind=ddp, not fsdp.")
-        sharding.shard(policy)
-
-
-_WHOLE_ONLY: dict[str, Callable[[Method, RunConfig], bool]] = {
-    "moving_reference": lambda method, config: method.companion() is not None,
-    "adapter": lambda method, config: config.adapter is not None,
-    "precision=pure_bf16": lambda method, config: config.precision == "pure_bf16",
-    "optimizer.name": lambda method, config: config.optimizer.name in BITSANDBYTES,
-}
-"""Settings that need the whole policy on each rank, and when they are in force."""
+    if config.distributed.kind == "fsdp" and config.optimizer.name in BITSANDBYTES:
+        raise InputError("optimizer.name: it is for distributed.kind=ddp, not fsdp.")
 
 
 def training_step(
@@ -385,7 +374,7 @@ def training_step(
     if stepped is None:
         most = config.optimizer.max_grad_norm or math.inf
         clipped = torch.nn.utils.clip_grad_norm_(policy.parameters(), most)
-        norm = sharding.whole(clipped).item()
+        norm = parts.whole(clipped).item()
     else:
         norm = stepped.norm
     _check_finite(method, rows, step=step, loss=loss, gradient_norm=norm)
@@ -433,7 +422,7 @@ def _backward(
             (result.loss / weight).backward()
         for name, value in {"loss": result.loss.item(), **result.sums}.items():
             totals[name] = totals.get(name, 0.0) + value / weight
-    if sharding.is_sharded(policy):
+    if parts.is_sharded(policy):
         idle = [min(rows, key=method.num_tokens)]
         for _ in range(max(map(len, passes)) - len(passes[ranks.rank()])):
             (method.loss(policy, idle).loss * 0).backward()  # others run: keep step, add nothing
@@ -516,17 +505,17 @@ def _save(
     writer: CheckpointWriter,
 ) -> None:
     """Copy the state as it is now, and let it be written while training goes on."""
-    sharding.settle(policy)
+    parts.settle(policy)
     with ranks.together():
         for name, parameter in policy.named_parameters():
-            if not sharding.local(parameter).isfinite().all():
+            if not parts.local(parameter).isfinite().all():
                 raise DivergedError(
                     f"Step {progression.step}: its update made {name} overflow; it is not saved "
                     "and the last checkpoint stays. Try a smaller learning rate."
                 )
     state = progression.as_state() | {"method": method.state()}
-    if sharding.is_sharded(policy):
-        writer.write_shards(policy, optimizer, state)
+    if parts.is_sharded(policy):
+        writer.write_shards(policy, optimizer, state, companion=method.companion())
         return
     if not ranks.is_first():
         return
@@ -570,16 +559,24 @@ def _evaluate(
     if metrics["eval/loss"] < progression.best_loss:
         progression.best_loss, progression.best_step = metrics["eval/loss"], progression.step
         _write_model(method, policy, run, "best")
-    sharding.settle(policy)
+    parts.settle(policy)
 
 
 def _write_model(method: Method, policy: nn.Module, run: Run, name: str) -> None:
     """The policy as a Hugging Face folder, in one piece."""
-    model = sharding.whole_copy(policy) if sharding.is_sharded(policy) else policy
+    model = _whole(policy)
     if run.writes:
         assert model is not None
         with replace_folder(run.folder / name) as folder:
             method.save_model(model, folder)
+
+
+def _whole(policy: nn.Module) -> nn.Module | None:
+    """The policy in one piece; of one in parts a copy, on the first rank only."""
+    if not parts.is_sharded(policy):
+        return policy
+    copy = parts.whole_copy(policy)
+    return None if copy is None else carry_base(policy, copy)
 
 
 def _with_rates(

@@ -18,10 +18,10 @@ from dpo.data.tokenize import Encoder
 from dpo.models.divergence import along_samples, mean_over_prompts, sample_on_policy
 from dpo.models.generate import SampledResponse
 from dpo.models.load import max_positions
+from dpo.models.parts import is_sharded, settle
 from dpo.train import ranks
 from dpo.train.prepare import encode_prompts
 from dpo.train.reward_source import RewardFunction
-from dpo.train.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class OnPolicyEvaluation:
                 max_tokens=self.max_tokens,
                 precision=self.precision,
             )
+            settle(self.reference)
             columns |= {"kl": kl.tolist(), "entropy": entropy.tolist()}
         if self.reward is not None:
             prompts = [self.prompts[i] for i in numbers for _ in range(many)]

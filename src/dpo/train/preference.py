@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from dpo.data.order import split_among, split_by_tokens
 from dpo.errors import InputError
 from dpo.loss_config import LossConfig
 from dpo.models.distributions import OF_BOTH, OF_POLICY, OF_REFERENCE, along_responses
+from dpo.models.parts import is_sharded, local, settle
 from dpo.models.scoring import MAX_LOGIT_BYTES, response_logps
 from dpo.train import ranks
 from dpo.train.encoded import KINDS, EncodedJudgement, Kind, num_tokens
 from dpo.train.held_out import HeldOutPair, held_out_pairs, sequence_logps
 from dpo.train.loop import BatchResult, PlainMethod
 from dpo.train.objective import Objective, make_objective, reward_scale
-from dpo.train.sharding import is_sharded, tokens_at_once
+from dpo.train.sharding import tokens_at_once
 
 ALONG = OF_POLICY | OF_REFERENCE | OF_BOTH
 MISMATCHED = ("policy_mismatched_logps", "reference_mismatched_logps")
@@ -125,7 +126,8 @@ class PreferenceMethod(PlainMethod):
     def evaluate(self, policy: nn.Module) -> dict[str, float]:
         """Held-out loss, rewards and accuracy, and what the policy's own samples show.
 
-        Ranks share the passes, unless the policy is sharded: then each does all, and keeps step.
+        Ranks share the passes; where the policy is sharded, one without a pass runs another's, to
+        keep step.
         """
         costs = [num_tokens(row) for row in self.test]
         passes = split_by_tokens(costs, max_tokens=self.max_tokens)
@@ -133,9 +135,12 @@ class PreferenceMethod(PlainMethod):
             passes = [list(range(len(self.test)))]
 
         def measure(groups: Sequence[list[int]]) -> list[Any]:
-            return [self._measured(policy, rows) for rows in groups]
+            measured = [self._measured(policy, rows) for rows in groups]
+            if is_sharded(policy) and len(groups) < -(-len(passes) // ranks.size()):
+                self._measured(policy, passes[-1])
+            return measured
 
-        by_pass = measure(passes) if is_sharded(policy) else ranks.shared_out(measure, passes)
+        by_pass = ranks.shared_out(measure, passes)
         sums: dict[str, float] = {}
         logps: dict[str, dict[int, float]] = {"policy": {}, "reference": {}}
         for rows, (of_pass, sequences) in zip(passes, by_pass, strict=True):
@@ -260,8 +265,16 @@ def move_reference(reference: nn.Module, policy: nn.Module, *, mix: float) -> No
 
     TR-DPO, Gorbatovski et al. 2024 (arXiv:2404.09656); `mix = 1` copies the policy.
     """
+    for model in (reference, policy):
+        settle(model)
     for own, other in zip(reference.parameters(), policy.parameters(), strict=True):
-        own.lerp_(other, mix)
+        local(own).lerp_(local(other), mix)
+
+
+def asks_reference(wanted: Collection[str]) -> bool:
+    """Whether a loss wants more of a frozen reference than the log-probabilities of its rows."""
+    names = {without_side(name) for name in wanted}
+    return bool(names & (OF_REFERENCE | OF_BOTH | {"kl"}))
 
 
 def without_side(name: str) -> str:

@@ -20,9 +20,9 @@ from dpo.data.split import digest64
 from dpo.data.store import cache_folder as cache_folder  # "as": for others to import from here
 from dpo.data.tokenize import TokenSequence
 from dpo.models.load import weights_digest
-from dpo.models.scoring import response_logps
+from dpo.models.parts import device_of, is_sharded, settle
+from dpo.models.scoring import response_logps, score_groups
 from dpo.train import ranks
-from dpo.train.sharding import is_sharded
 
 Integers = NDArray[np.int32] | NDArray[np.int64]
 
@@ -46,7 +46,7 @@ def cache_key(
     """
     digest = hashlib.sha256()
     config = reference.config.to_json_string()  # type: ignore[operator, union-attr]
-    device = next(reference.parameters()).device.type
+    device = device_of(reference).type
     header = f"{SCORING_VERSION} {weights_digest(reference)} {precision} {max_tokens} {device}"
     digest.update(f"{header} {torch.__version__} {config}".encode())
     for sequence in sequences:
@@ -111,7 +111,7 @@ def score_all(
 ) -> Tensor:
     """Log-probabilities of many responses without gradients, (S,), float64, on the CPU.
 
-    Ranks share the work, unless the model is sharded: then each does all of it, and keeps step.
+    Ranks share the work. A chunk is scored as one process scores it, whoever does.
 
     Args:
         values: filled in place where given; what is not NaN is known already.
@@ -120,23 +120,35 @@ def score_all(
     if values is None:
         values = torch.full((len(sequences),), math.nan, dtype=torch.float64)
     model.eval()
-    shares = 1 if is_sharded(model) else ranks.size()
-    own = ranks.rank() * CHUNK if shares > 1 else 0
+    shares, in_step = ranks.size(), is_sharded(model)
+    own = ranks.rank() * CHUNK
+    shortest = min(sequences, key=len)
     with torch.no_grad():
         for start in range(0, len(order), CHUNK * shares):
             chunks = order[start : start + CHUNK * shares].tolist()
             chosen = chunks[own : own + CHUNK]
-            if values[chosen].isnan().any():  # a chunk is scored whole: its bits depend on it
-                members = [sequences[i] for i in chosen]
+            # A chunk is scored whole: its bits depend on it.
+            members = [sequences[i] for i in chosen] if values[chosen].isnan().any() else []
+            idle = _idle_passes(model, members, max_tokens) if in_step else 0
+            if members:
                 logps = response_logps(model, members, precision=precision, max_tokens=max_tokens)
                 values[chosen] = logps.cpu()
+            for _ in range(idle):
+                response_logps(model, [shortest], precision=precision)
             if shares > 1:
                 found = torch.zeros(len(chunks), dtype=torch.float64)
                 found[own : own + CHUNK] = values[chosen]
                 ranks.sum_in_place(found)
                 values[chunks] = found
             progress(len(chunks))
+    settle(model)
     return values
+
+
+def _idle_passes(model: nn.Module, sequences: Sequence[TokenSequence], max_tokens: int) -> int:
+    """How many passes more than this rank another one needs for its own sequences."""
+    own = len(score_groups(model, sequences, max_tokens=max_tokens)) if sequences else 0
+    return int(max(ranks.gather(own))) - own
 
 
 def longest_prompt_first(sequences: Sequence[TokenSequence]) -> Integers:

@@ -21,11 +21,13 @@ from dpo.data.prompts import as_text
 from dpo.data.rows import PreferenceRow, RankedRow
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
+from dpo.models.parts import is_sharded, recut, settle
 from dpo.models.recompute import enable_recomputation
 from dpo.models.reward import (
     USAGE,
     from_causal,
     give_padding,
+    is_packed,
     save_reward_model,
     sequence_scores,
     with_end,
@@ -36,12 +38,14 @@ from dpo.train.jobs import load_rows_for
 from dpo.train.loop import BatchResult, PlainMethod, fit
 from dpo.train.run import Run, save_train_prompts
 from dpo.train.session import (
+    Policy,
     choose_held_out,
     make_run_encoder,
     opened_run,
     prompts_seen,
     run_card,
 )
+from dpo.train.sharding import tokens_at_once
 
 SCORED = "held_out.jsonl"
 """In `samples/`: the held-out rows with their rewards."""
@@ -112,7 +116,7 @@ class RewardMethod(PlainMethod):
             policy,
             self.kind.sequences(rows),
             precision=self.precision,
-            max_tokens=self.max_tokens,
+            max_tokens=tokens_at_once(policy, self.max_tokens),
         )
 
     def _losses(self, rows: Sequence[Any], rewards: Tensor) -> Tensor:
@@ -171,13 +175,12 @@ def train_reward(config: RewardConfig, *, trust_remote_code: bool = False) -> Pa
     if config.margin is not None:
         check_margins(itertools.chain(data.train, data.test))
     texts = [text for row in data.train for text in texts_of(row)] if config.model.fresh else []
-    start = open_trained(config, texts, trust_remote_code)
-    encoder = make_run_encoder(config, start, data)
-    model = from_causal(start.model, seed=config.seed)
-    give_padding(model, start.tokenizer, ends=encoder.stop_ids)
+    policy = open_trained(config, texts, trust_remote_code)
+    encoder = make_run_encoder(config, policy, data)
+    policy = replace(policy, model=_with_head(policy, encoder, config.seed))
+    model = policy.model
     if config.gradient_checkpointing:
         enable_recomputation(model)
-    policy = replace(start, model=model)
     with opened_run(config, data, policy, encoder, command="reward") as run:
         if run.finished:
             return run.folder
@@ -207,10 +210,33 @@ def train_reward(config: RewardConfig, *, trust_remote_code: bool = False) -> Pa
         if run.writes:
             save_train_prompts(run.folder, prompts_seen(config, data))
         fit(method, model, config, run)
-        if run.writes:
+        if run.writes or is_sharded(model):  # then all run it
             write_scored(method, model, encoder, run)
         run.update_manifest(status="finished")
     return run.folder
+
+
+def _with_head(start: Policy, encoder: Encoder, seed: int) -> nn.Module:
+    """The model that training starts from, with a reward for a head and padding of its own.
+
+    Raises:
+        InputError: it cannot become a reward model, or not one in parts.
+    """
+
+    tokenizer = start.tokenizer
+
+    def headed(model: nn.Module) -> nn.Module:
+        classifier = from_causal(model, seed=seed)
+        give_padding(classifier, tokenizer, ends=encoder.stop_ids)
+        return classifier
+
+    if not is_sharded(start.model):
+        return headed(start.model)
+    model = recut(start.model, headed)
+    if not is_packed(model):
+        raise InputError(f"distributed.kind: {start.name} is run on padded rows; use ddp.")
+    settle(model)
+    return model
 
 
 def texts_of(row: PreferenceRow | RankedRow) -> list[str]:
@@ -254,5 +280,7 @@ def write_scored(method: RewardMethod, model: nn.Module, encoder: Encoder, run: 
             "rewards": rewards,
         }
         lines.append(json.dumps(line, ensure_ascii=False))
+    if not run.writes:
+        return
     (run.folder / "samples").mkdir(exist_ok=True)
     atomic.write_text(run.folder / "samples" / SCORED, "\n".join(lines) + "\n")

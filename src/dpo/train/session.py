@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ from dpo.data.rows import (
 from dpo.data.split import Digests, prompt_digests
 from dpo.data.tokenize import Encoder
 from dpo.errors import InputError
-from dpo.models.adapters import AdapterSettings, model_below, open_model
+from dpo.models.adapters import (
+    WHOLE,
+    AdapterSettings,
+    Holder,
+    model_below,
+    open_model,
+    typed,
+)
 from dpo.models.export import model_card, save_pretrained
 from dpo.models.fresh import fresh_gpt2, train_tokenizer
 from dpo.models.generate import generate
@@ -46,7 +54,7 @@ from dpo.models.load import (
     tokenizer_digest,
     weights_digest,
 )
-from dpo.models.plan import in_bfloat16
+from dpo.models.parts import is_sharded
 from dpo.train import ranks
 from dpo.train.prepare import (
     SplitData,
@@ -86,6 +94,7 @@ def open_policy(
     key: str = "model",
     adapter: AdapterSettings | None = None,
     pure_bf16: bool = False,
+    held: Holder = WHOLE,
 ) -> Policy:
     """Load a model, or make a fresh one with a tokenizer learnt from the texts.
 
@@ -93,6 +102,7 @@ def open_policy(
         key: what the user calls it, for messages.
         adapter: of a model that is loaded; without one, an adapter that is found is merged.
         pure_bf16: its weights are bfloat16.
+        held: whole, or a part of it on every rank.
 
     Raises:
         InputError: there is no such model, or the tokenizer does not fit it.
@@ -100,20 +110,25 @@ def open_policy(
     if config.fresh is not None:
         shape = config.fresh.model_dump(exclude={"vocab_size"})
         tokenizer = train_tokenizer(texts, vocab_size=config.fresh.vocab_size)
-        model = fresh_gpt2(**shape, tokenizer=tokenizer, seed=seed)
-        model = in_bfloat16(model) if pure_bf16 else model
-        return Policy(model.to(pick_device()), tokenizer, None, "fresh GPT-2")
+        make = partial(fresh_gpt2, **shape, tokenizer=tokenizer, seed=seed)
+        model = typed(held.make(make), pure_bf16, held)
+        return Policy(_on_device(model), tokenizer, None, "fresh GPT-2")
     assert config.path is not None
     source = find_model(
         config.path, revision=config.revision, trust_remote_code=trust_remote_code, key=key
     )
     tokenizer = tokenizer_for(config, source)
-    model = open_model(source, adapter=adapter, seed=seed, pure_bf16=pure_bf16)
+    model = open_model(source, adapter=adapter, seed=seed, pure_bf16=pure_bf16, held=held)
     check_fit(model, tokenizer, name=config.path)
     template = load_template(Path(source.path)) if source.local else None
-    if not getattr(model, "is_quantized", False):  # that one is where it was made
-        model = model.to(pick_device())
-    return Policy(model, tokenizer, template, config.path)
+    return Policy(_on_device(model), tokenizer, template, config.path)
+
+
+def _on_device(model: nn.Module) -> nn.Module:
+    """The model where it computes; one in parts or quantised is where it was made."""
+    if is_sharded(model) or getattr(model, "is_quantized", False):
+        return model
+    return model.to(pick_device())
 
 
 def tokenizer_for(config: ModelConfig, source: ModelSource) -> Any:
@@ -135,6 +150,7 @@ def open_reference(
     trust_remote_code: bool,
     *,
     pure_bf16: bool = False,
+    held: Holder = WHOLE,
 ) -> Policy:
     """The model named as the reference, or else the one that the policy starts from, read apart
     from it: training cannot touch it.
@@ -143,7 +159,7 @@ def open_reference(
         InputError: as `open_policy`, under the key that the user gave.
     """
     opened, key = (policy, "model") if named is None else (named, "reference")
-    return open_policy(opened, [], seed, trust_remote_code, key=key, pure_bf16=pure_bf16)
+    return open_policy(opened, [], seed, trust_remote_code, key=key, pure_bf16=pure_bf16, held=held)
 
 
 def make_run_encoder(config: RunConfig, policy: Policy, data: SplitData[Any]) -> Encoder:
