@@ -40,7 +40,7 @@ def here(size=2):
     )
 
 
-def wait_for_step(folder, step, seconds=60):
+def wait_for_step(folder, step, seconds=180):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if any("loss" in row and row["step"] >= step for row in read_metrics(folder)):
@@ -70,11 +70,11 @@ def test_under_torchrun_one_folder_and_one_table_come_out(tmp_path):
 @pytest.mark.slow
 def test_torchrun_passes_signals_on_and_a_stopped_process_ends_all(tmp_path):
     changes = CHANGES | {"max_steps": 2000, "save_every": 2000, "evaluation.every": 2000}
-    config = sft_config(tmp_path / "run", changes | {"distributed.timeout_seconds": 5})
+    config = sft_config(tmp_path / "run", changes | {"distributed.timeout_seconds": 15})
     process = torchrun(config, *here())
     wait_for_step(tmp_path / "run", 3)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=120)
     assert said.count("the state is saved") >= 1, said
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
     before = max(row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row)
@@ -86,7 +86,7 @@ def test_torchrun_passes_signals_on_and_a_stopped_process_ends_all(tmp_path):
     said, _ = process.communicate(timeout=120)
     assert time.monotonic() - begun < 60
     assert process.returncode == 1
-    assert "did not answer for 5 seconds" in said, said
+    assert "did not answer for 15 seconds" in said, said
     assert "exitcode  : 6" in said
 
 

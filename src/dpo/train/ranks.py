@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -91,7 +91,8 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         ) from error
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            with suppress(RuntimeError):  # of a lost rank: what is raised already says so
+                dist.destroy_process_group()
 
 
 def _is_lost(error: RuntimeError) -> bool:
