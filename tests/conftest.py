@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("steady", deadline=None, derandomize=True)  # on any machine alike
+settings.load_profile("steady")
 
 # One thread: some tests fork, and a child must not wait for the threads of a pool it does not have.
 # Tiny models are no slower for it.

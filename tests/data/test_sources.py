@@ -685,7 +685,7 @@ def rows_with(prompt):
     return st.one_of(*(st.lists(kind, min_size=1, max_size=3).map(tuple) for kind in kinds))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows_with(FILLED) | rows_with(CONVERSATION))
 def test_written_rows_are_read_back_the_same(rows):
     with tempfile.TemporaryDirectory() as folder:

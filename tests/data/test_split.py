@@ -28,7 +28,7 @@ PROMPTS = st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=40).filte
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(PROMPTS, st.floats(0.01, 0.99), st.integers(0, 5))
 def test_no_prompt_is_on_both_sides_and_no_row_is_lost(prompts, fraction, seed):
     rows = rows_of(*prompts)
@@ -51,7 +51,7 @@ def test_the_side_of_a_prompt_does_not_depend_on_the_other_prompts():
     assert {row.prompt for row in half.test} == held_out & set(map(str, range(100)))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(PROMPTS, st.randoms(use_true_random=False))
 def test_the_side_of_a_prompt_depends_on_neither_order_nor_repetition(prompts, shuffler):
     rows = rows_of(*prompts)

@@ -111,7 +111,7 @@ PROMPTS_WITH_RESPONSES = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(prompts=PROMPTS_WITH_RESPONSES, window=st.none() | st.integers(1, 12))
 def test_a_token_sees_what_it_sees_in_its_own_sequence(prompts, window) -> None:
     sequences = [
