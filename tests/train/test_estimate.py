@@ -295,6 +295,14 @@ def test_a_reference_is_another_model_unless_an_adapter_can_be_switched_off():
     assert estimate(sharded, data, NOWHERE, devices=4).reference == found.reference / 4
 
 
+def test_a_reference_that_nothing_asks_again_is_not_held_beside_the_steps():
+    held = {"evaluation.kl_prompts": 3}, {"loss": {"name": "tdpo1"}}, {"moving_reference.mix": 0.6}
+    for changes, reference in ({}, False), *((changes, True) for changes in held):
+        config = dpo_config(Path("nowhere"), {"evaluation.kl_prompts": 0} | changes)
+        found = estimate(config, read_data(config), NOWHERE)
+        assert found.reference == (found.weights if reference else 0), changes
+
+
 def test_processes_share_a_step_and_with_fsdp_the_state():
     config = sft_config(Path("nowhere"))
     sharded = sft_config(Path("nowhere"), {"distributed.kind": "fsdp"})

@@ -25,6 +25,8 @@ from dpo.models.plan import scoring_plan
 from dpo.models.text_classifier import load_classifier
 from dpo.online_config import OnlineConfig, PPOConfig
 from dpo.train.adapters import settings_of
+from dpo.train.objective import make_objective
+from dpo.train.preference import asks_reference
 from dpo.train.run_data import RunData, Trained
 from dpo.train.this_machine import this_machine
 from dpo.train.workload import Workload, count_workload
@@ -282,10 +284,12 @@ def _bytes_of_weight(config: Trained) -> float:
 
 
 def _reference_bytes(config: Trained, model: ModelSize, trust_remote_code: bool) -> float:
-    """The reference's own weights: none where it is the policy's model with its adapter off."""
+    """The reference's own weights: none where it is the policy's model with its adapter off, or is
+    let go before the first step.
+    """
     if isinstance(config, SFTConfig | RewardConfig):
         return 0.0
-    if isinstance(config, PreferenceConfig) and not config.opens_reference:
+    if isinstance(config, PreferenceConfig) and not _keeps_reference(config):
         return 0.0
     each = _bytes_of_weight(config)
     if config.reference is None:
@@ -293,6 +297,13 @@ def _reference_bytes(config: Trained, model: ModelSize, trust_remote_code: bool)
     source = _source(config.reference, trust_remote_code, key="reference")
     built = read_architecture(source, adapter=None, pure_bf16=False).build()
     return sum(p.numel() for p in built.parameters()) * each
+
+
+def _keeps_reference(config: PreferenceConfig) -> bool:
+    """Whether something asks the reference once training has begun."""
+    moves = config.moving_reference is not None
+    asked = config.evaluation.kl_prompts > 0 or asks_reference(make_objective(config.loss).wants)
+    return config.opens_reference and (moves or asked)
 
 
 # -- in words ------------------------------------------------------------------------------------
