@@ -47,39 +47,31 @@ Machine = Annotated[MachineConfig, BeforeValidator(shorthand_for("gpu"))]
 NOWHERE = Field("runs/plan", description="As in the run's settings; nothing is written there.")
 
 
-class SFTPlanConfig(SFTConfig):
+class Planned(Section):
+    """What a plan takes beside the settings of the run."""
+
+    out: Folder = NOWHERE
+    machine: Machine = MachineConfig()
+
+
+class SFTPlanConfig(Planned, SFTConfig):
     """A run of `dpo sft`, and a machine."""
 
-    out: Folder = NOWHERE
-    machine: Machine = MachineConfig()
 
-
-class PreferencePlanConfig(PreferenceConfig):
+class PreferencePlanConfig(Planned, PreferenceConfig):
     """A run of `dpo train`, and a machine."""
 
-    out: Folder = NOWHERE
-    machine: Machine = MachineConfig()
 
-
-class RewardPlanConfig(RewardConfig):
+class RewardPlanConfig(Planned, RewardConfig):
     """A run of `dpo reward`, and a machine."""
 
-    out: Folder = NOWHERE
-    machine: Machine = MachineConfig()
 
-
-class OnlinePlanConfig(OnlineConfig):
+class OnlinePlanConfig(Planned, OnlineConfig):
     """A run of `dpo online`, and a machine."""
 
-    out: Folder = NOWHERE
-    machine: Machine = MachineConfig()
 
-
-class PPOPlanConfig(PPOConfig):
+class PPOPlanConfig(Planned, PPOConfig):
     """A run of `dpo ppo`, and a machine."""
-
-    out: Folder = NOWHERE
-    machine: Machine = MachineConfig()
 
 
 PlanConfig = (
