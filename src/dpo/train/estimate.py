@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dpo.config import ModelConfig, PreferenceConfig, RewardConfig, SFTConfig
 from dpo.core import cost
-from dpo.core.cost import DecodingSpeed, ModelSize, Operations, Sampling, StepPeak, StepSettings
+from dpo.core.cost import (
+    DecodingSpeed,
+    ModelSize,
+    Operations,
+    PassSize,
+    Sampling,
+    StepPeak,
+    StepSettings,
+)
 from dpo.core.machines import GIB, UTILISATION, Machine
 from dpo.errors import InputError
 from dpo.models.counts import (
@@ -124,13 +131,70 @@ def estimate(
         InputError: the model cannot be counted, or `optimizer.in_backward` does not go with its
             batches.
     """
+    _check(config, machine, devices)
     architecture = architecture_of(config, data.tokenizer, trust_remote_code=trust_remote_code)
     built = architecture.build()
     policy, packed = measure_model(built), scoring_plan(built).packed
     model = _trained_model(config, policy)
+    workload = _workload(config, data, model, packed=packed, devices=devices)
+    size = measure_pass(architecture, workload.heaviest, precision=config.precision)
+    if model.layers > policy.layers:  # a critic's trunk keeps what the policy's does
+        size = replace(size, outside_kept=2 * size.outside_kept)
+    run = _Run(
+        config=config,
+        policy=policy,
+        model=model,
+        reward=_reward_parameters(config, trust_remote_code),
+        settings=_settings(config, workload),
+        machine=machine,
+        devices=devices,
+        sampling=data.sampling,
+    )
+    return Estimate(
+        model=model,
+        workload=workload,
+        packed=packed,
+        process=PROCESS_BYTES[machine.gpu],
+        gpu=machine.gpu,
+        **_memory(run, size, _reference_bytes(config, policy, trust_remote_code)),
+        **_times(run, workload, head_in_parts=_logits_in_parts(run, size)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What memory and time follow from."""
+
+    config: Trained
+    policy: ModelSize
+    model: ModelSize
+    """All that is trained: the policy, with a critic or under another head."""
+    reward: int
+    """Numbers of the reward model."""
+    settings: StepSettings
+    machine: Machine
+    devices: int
+    sampling: Sampling | None
+
+    @property
+    def shares(self) -> int:
+        """How many processes hold a part of each tensor."""
+        return self.devices if self.config.distributed.kind == "fsdp" else 1
+
+
+def _check(config: Trained, machine: Machine, devices: int) -> None:
+    if config.optimizer.in_backward and devices > 1:
+        raise InputError("optimizer.in_backward: it is for one process.")
+    if config.distributed.cpu_offload and not machine.gpu:
+        raise InputError("distributed.cpu_offload: is for GPUs; the machine is none. Leave it out.")
+
+
+def _workload(
+    config: Trained, data: RunData, model: ModelSize, *, packed: bool, devices: int
+) -> Workload:
     tensors = model.layers + 17 if config.gradient_checkpointing else 17 * model.layers
     per_token = tensors * model.width  # numbers, as of GPT-2, whose layers keep 17 D of a token
-    workload = count_workload(
+    found = count_workload(
         data.rows,
         config,
         packed=packed,
@@ -138,17 +202,16 @@ def estimate(
         devices=devices,
         weigh=lambda tokens, predicted: per_token * tokens + model.vocab * predicted,
     )
-    if config.optimizer.in_backward and devices > 1:
-        raise InputError("optimizer.in_backward: it is for one process.")
-    if config.optimizer.in_backward and workload.most_passes > 1:
+    if config.optimizer.in_backward and found.most_passes > 1:
         raise InputError(
             "optimizer.in_backward: needs batches that go through the model in one pass; raise "
             "batch.max_tokens or take smaller batches."
         )
-    size = measure_pass(architecture, workload.heaviest, precision=config.precision)
-    if model.layers > policy.layers:  # a critic's trunk keeps what the policy's does
-        size = replace(size, outside_kept=2 * size.outside_kept)
-    settings = StepSettings(
+    return found
+
+
+def _settings(config: Trained, workload: Workload) -> StepSettings:
+    return StepSettings(
         precision=config.precision,
         checkpointing=config.gradient_checkpointing,
         in_backward=config.optimizer.in_backward,
@@ -157,52 +220,57 @@ def estimate(
         optimizer=config.optimizer.name,
         adapter=config.adapter is not None,
     )
-    drawn = data.sampling
-    shares = devices if config.distributed.kind == "fsdp" else 1
-    offload = config.distributed.cpu_offload
-    if offload and not machine.gpu:
-        raise InputError("distributed.cpu_offload: is for GPUs; the machine is none. Leave it out.")
-    whole_logits = 4 * size.predicted * model.vocab
-    work = cost.operations(
-        model,
-        workload.mean,
-        checkpointing=settings.checkpointing,
-        head_in_parts=whole_logits > settings.max_logit_bytes,
-    )
-    per = settings.per_trained
-    speed = {
-        "trunk_tflops": machine.fp32_tflops if config.precision == "fp32" else machine.bf16_tflops,
-        "head_tflops": machine.fp32_tflops,
-        "utilisation": machine.utilisation,
+
+
+def _memory(run: _Run, size: PassSize, reference: float) -> dict[str, Any]:
+    """The parts of an estimate that are bytes."""
+    config, model, per, shares = run.config, run.model, run.settings.per_trained, run.shares
+    peak = cost.step_peak(cost.shared_out(model, shares), size, run.settings)
+    own = _model_bytes(model, config) / shares
+    offloaded = 0.0
+    if config.distributed.cpu_offload:
+        offloaded = own + (model.trained * (per.gradient + per.state) + reference) / shares
+        peak, own, reference = cost.with_offload(peak, model, per), 0.0, 0.0
+    return {
+        "peak": peak,
+        "weights": own + _gathered_bytes(model, config, shares),
+        "reference": reference / shares,
+        "reward": 4.0 * run.reward,
+        "sampling": cost.sampling_bytes(run.policy, run.sampling) if run.sampling else 0.0,
+        "offloaded": offloaded,
+        "checkpoint": model.trained * (per.weight + per.state) / shares,
     }
-    reward = _reward_parameters(config, trust_remote_code)
-    parts = (_model_bytes(model, config) + model.trained * (per.gradient + per.state)) / shares
-    reference = _reference_bytes(config, policy, trust_remote_code) / shares
-    peak = cost.step_peak(cost.shared_out(model, shares), size, settings)
-    return Estimate(
-        model=model,
-        workload=workload,
-        packed=packed,
-        peak=cost.with_offload(peak, model, per) if offload else peak,
-        weights=_gathered_bytes(model, config, shares)
-        + (0.0 if offload else _model_bytes(model, config) / shares),
-        reference=0.0 if offload else reference,
-        reward=4.0 * reward,
-        sampling=cost.sampling_bytes(policy, drawn) if drawn else 0.0,
-        process=PROCESS_BYTES[machine.gpu],
-        offloaded=parts + reference if offload else 0.0,
-        checkpoint=model.trained * (per.weight + per.state) / shares,
-        operations=_shared(work, devices),
-        seconds=cost.seconds(
-            _shared(work, devices),
-            update_bytes=cost.update_bytes(model, per) / shares,
-            gb_per_second=machine.memory_gb_per_second,
-            **speed,
-        ),
-        round_seconds=0.0
-        if drawn is None
-        else (_round_seconds(config, policy, model, reward, drawn, machine, speed) / devices),
-        gpu=machine.gpu,
+
+
+def _logits_in_parts(run: _Run, size: PassSize) -> bool:
+    return 4 * size.predicted * run.model.vocab > run.settings.max_logit_bytes
+
+
+def _times(run: _Run, workload: Workload, *, head_in_parts: bool) -> dict[str, Any]:
+    """The parts of an estimate that are operations and seconds."""
+    checkpointing, per = run.settings.checkpointing, run.settings.per_trained
+    work = cost.operations(
+        run.model, workload.mean, checkpointing=checkpointing, head_in_parts=head_in_parts
+    )
+    own = Operations(work.trunk / run.devices, work.head / run.devices)
+    update = cost.update_bytes(run.model, per) / run.shares
+    drawn = run.sampling
+    return {
+        "operations": own,
+        "seconds": _seconds(run, own, update),
+        "round_seconds": 0.0 if drawn is None else _round_seconds(run, drawn) / run.devices,
+    }
+
+
+def _seconds(run: _Run, work: Operations, update_bytes: float = 0.0) -> float:
+    machine, float32 = run.machine, run.config.precision == "fp32"
+    return cost.seconds(
+        work,
+        trunk_tflops=machine.fp32_tflops if float32 else machine.bf16_tflops,
+        head_tflops=machine.fp32_tflops,
+        utilisation=machine.utilisation,
+        update_bytes=update_bytes,
+        gb_per_second=machine.memory_gb_per_second,
     )
 
 
@@ -215,22 +283,11 @@ def _trained_model(config: Trained, policy: ModelSize) -> ModelSize:
     return policy
 
 
-def _shared(work: Operations, devices: int) -> Operations:
-    return Operations(work.trunk / devices, work.head / devices)
-
-
-def _round_seconds(
-    config: Trained,
-    policy: ModelSize,
-    model: ModelSize,
-    reward: int,
-    drawn: Sampling,
-    machine: Machine,
-    speed: Mapping[str, float],
-) -> float:
+def _round_seconds(run: _Run, drawn: Sampling) -> float:
     """To draw the samples of a round, and to score them: under the reference, the reward model, and
     for PPO the policy and its critic. A reward model is taken for one of the policy's shape.
     """
+    policy, machine = run.policy, run.machine
     drawing = cost.sampling_seconds(
         policy,
         drawn,
@@ -239,12 +296,11 @@ def _round_seconds(
         gb_per_second=machine.memory_gb_per_second,
     )
     once = cost.forward_operations(policy, drawn.counts)
-    rewarded = Operations(once.trunk * reward / policy.parameters, 0.0)
-    passes = [once, rewarded]
-    if isinstance(config, PPOConfig):
-        passes.append(cost.forward_operations(model, drawn.counts))
+    passes = [once, Operations(once.trunk * run.reward / policy.parameters, 0.0)]
+    if isinstance(run.config, PPOConfig):
+        passes.append(cost.forward_operations(run.model, drawn.counts))
     work = Operations(sum(p.trunk for p in passes), sum(p.head for p in passes))
-    return drawing + cost.seconds(work, update_bytes=0.0, gb_per_second=1.0, **speed)
+    return drawing + _seconds(run, work)
 
 
 def _reward_parameters(config: Trained, trust_remote_code: bool) -> int:
