@@ -165,10 +165,10 @@ def test_an_adapter_that_is_put_on_parts_is_the_ordinary_one_to_the_bit(kind, pu
 def big_model(folder):
     config = LlamaConfig(
         vocab_size=2000,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=8,
+        hidden_size=384,
+        intermediate_size=1408,
+        num_hidden_layers=24,
+        num_attention_heads=6,
     )
     model = LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
@@ -253,5 +253,5 @@ def test_no_process_but_the_first_ever_holds_the_whole_model(by_rows, tmp_path, 
 
     assert on_ranks(2, opened) == [0, 0]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert 0.5 < second < 0.85  # a half, and three blocks while the model is tried out
+    assert 0.5 < second < 0.85  # a half, and some blocks while the model is tried out
     assert 0.5 < first < 0.85 if by_rows else 1.4 < first < 1.6

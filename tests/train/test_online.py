@@ -200,10 +200,10 @@ def test_one_round_on_given_pairs_is_offline_dpo_bit_for_bit(tmp_path, monkeypat
     methods = []
     make = jobs._preference_method
 
-    def kept(*arguments):
-        method = make(*arguments)
+    def kept(config, objective, data, policy, reference, *others):
+        method = make(config, objective, data, policy, reference, *others)
         method.train_reference = online.score_all(
-            method.reference, sequences_of(method.train), precision="fp32", max_tokens=4096
+            reference.model, sequences_of(method.train), precision="fp32", max_tokens=4096
         )
         methods.append(method)
         return method
