@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -130,9 +129,7 @@ def trunk_outputs(trunk: nn.Module, batch: Batch, *, precision: str = "fp32") ->
     """The last hidden states of a model without a head at the batch's scored positions, (N, D), in
     at least float32.
     """
-    with warnings.catch_warnings():  # of changing in place what a trunk in parts gives: nobody does
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-        hidden: Tensor = _run(trunk, batch, precision).last_hidden_state
+    hidden: Tensor = _run(trunk, batch, precision).last_hidden_state
     return at_least_float32(hidden[_index(batch.row), _index(batch.column)])
 
 

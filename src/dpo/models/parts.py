@@ -10,6 +10,7 @@ summed and scattered. So every rank must run the model the same number of times,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,6 +185,8 @@ def cut(model: nn.Module, make: Make, device: torch.device, *, offload: bool = F
         make: makes the model again, for a copy in one piece.
         offload: parts, their gradients and so the optimizer's state are in main memory.
     """
+    # What a trunk gives must not be changed in place; nobody does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
