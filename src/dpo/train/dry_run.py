@@ -6,7 +6,7 @@ Nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -15,27 +15,39 @@ from typing import Any, TypeVar
 from dpo.config import PreferenceConfig, RewardConfig, RunConfig, SFTConfig, TrainingConfig
 from dpo.data.order import batch_rows, split_by_tokens, steps_per_epoch
 from dpo.data.pack import packed_tokens
-from dpo.data.prompts import as_text
 from dpo.data.rows import Prompt
 from dpo.data.tokenize import EncodedRow, Encoder, TokenSequence
-from dpo.models.reward import with_end
 from dpo.online_config import OnlineConfig, PPOConfig
-from dpo.train.encoded import KINDS
-from dpo.train.jobs import load_rows_for
 from dpo.train.loop import total_steps, warn_of_warmup
 from dpo.train.objective import check_scores, make_objective
-from dpo.train.prepare import SplitData, encode_prompts, load_demonstrations, load_prompts
-from dpo.train.reward import KIND_OF, check_margins, texts_of
+from dpo.train.prepare import SplitData, encode_prompts, load_prompts
+from dpo.train.reward import check_margins
 from dpo.train.run import foreign_files, read_manifest
-from dpo.train.run_data import RunData, as_run_data, as_sampled_data, looked_at
+from dpo.train.run_data import (
+    GivenRows,
+    OnGivenRows,
+    RunData,
+    Trained,
+    as_run_data,
+    as_sampled_data,
+    given_rows,
+    looked_at,
+)
 from dpo.train.session import (
     choose_held_out,
     distinct_prompts,
     encoder_without_model,
 )
-from dpo.train.sft import encode_demonstrations
 
 Config = TypeVar("Config", bound=RunConfig)
+
+COMMANDS: dict[type[RunConfig], str] = {
+    SFTConfig: "sft",
+    PreferenceConfig: "train",
+    RewardConfig: "reward",
+    OnlineConfig: "online",
+    PPOConfig: "ppo",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +113,8 @@ def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> DryRun:
         InputError: as training would, for data, tokenizer and template.
     """
     config = _in_memory(config)
-    if isinstance(config, SFTConfig):
-        return _sft(config, trust_remote_code)
-    if isinstance(config, PreferenceConfig):
-        return _preference(config, trust_remote_code)
-    if isinstance(config, RewardConfig):
-        return _reward(config, trust_remote_code)
+    if isinstance(config, SFTConfig | PreferenceConfig | RewardConfig):
+        return _on_given_rows(config, trust_remote_code)
     assert isinstance(config, OnlineConfig | PPOConfig)
     return _on_samples(config, trust_remote_code)
 
@@ -120,51 +128,34 @@ def _in_memory(config: Config) -> Config:
 # -- the commands --------------------------------------------------------------------------------
 
 
-def _sft(config: SFTConfig, trust_remote_code: bool) -> DryRun:
-    data = load_demonstrations(config.data, response=config.response)
-    texts = [f"{as_text(row.prompt)}\n{row.response}" for row in data.train]
-    encoder, _ = _open_encoder(config, data, texts, trust_remote_code)
-
-    def encode(rows: Sequence[Any], what: str) -> list[list[TokenSequence]]:
-        encoded = encode_demonstrations(
-            encoder, rows, train_on_prompt=config.train_on_prompt, what=what
-        )
-        return [[sequence] for sequence in encoded]
-
-    train, rows = _side(encoder, data.train, encode, "training rows")
-    held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
-    return _trained("sft", config, encoder, train, held_out, rows)
-
-
-def _preference(config: PreferenceConfig, trust_remote_code: bool) -> DryRun:
-    objective = make_objective(config.loss)
-    data = load_rows_for(objective.kind, config.data)
-    check_scores(objective, [*data.train, *data.test])
-    encoder, _ = _open_encoder(config, data, [], trust_remote_code)
-    encode = _encode_rows(objective.kind, encoder, config)
-    train, rows = _side(encoder, data.train, encode, "training rows")
-    held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
-    stays = objective.needs_reference and config.moving_reference is None
-    tokens = train.tokens + held_out.tokens if stays else 0
-    return _trained("train", config, encoder, train, held_out, rows, reference_tokens=tokens)
+def _on_given_rows(config: OnGivenRows, trust_remote_code: bool) -> DryRun:
+    given = given_rows(config)
+    data = given.data
+    _check(config, [*data.train, *data.test])
+    encoder, _ = _open_encoder(config, data, given.texts, trust_remote_code)
+    train, kept = _side(encoder, data.train, given, "training rows")
+    held_out, _ = _side(encoder, choose_held_out(data.test, config), given, "held-out rows")
+    tokens = train.tokens + held_out.tokens if _scores_reference(config) else 0
+    if isinstance(config, RewardConfig):
+        train, held_out = (replace(side, scored_tokens=0) for side in (train, held_out))
+    run = as_run_data(config, looked_at(kept, config), len(kept), encoder.tokenizer)
+    steps = _steps(config, kept, whole_batch=run.whole_batch)
+    return _dry_run(config, encoder, train, held_out, steps, run, reference_tokens=tokens)
 
 
-def _reward(config: RewardConfig, trust_remote_code: bool) -> DryRun:
-    kind = KIND_OF[config.loss]
-    data = load_rows_for(kind, config.data)
-    if config.margin is not None:
-        check_margins([*data.train, *data.test])
-    texts = [text for row in data.train for text in texts_of(row)] if config.model.fresh else []
-    encoder, _ = _open_encoder(config, data, texts, trust_remote_code)
-    in_tokens = _encode_rows(kind, encoder, config)
+def _check(config: OnGivenRows, rows: Sequence[Any]) -> None:
+    """Refuse rows that lack what the loss asks for."""
+    if isinstance(config, PreferenceConfig):
+        check_scores(make_objective(config.loss), rows)
+    if isinstance(config, RewardConfig) and config.margin is not None:
+        check_margins(rows)
 
-    def encode(rows: Sequence[Any], what: str) -> list[list[TokenSequence]]:
-        return [with_end(sequences) for sequences in in_tokens(rows, what)]
 
-    train, rows = _side(encoder, data.train, encode, "training rows")
-    held_out, _ = _side(encoder, choose_held_out(data.test, config), encode, "held-out rows")
-    train, held_out = (replace(side, scored_tokens=0) for side in (train, held_out))
-    return _trained("reward", config, encoder, train, held_out, rows)
+def _scores_reference(config: OnGivenRows) -> bool:
+    """Whether the reference's log-probabilities are computed once, before training."""
+    if not isinstance(config, PreferenceConfig) or config.moving_reference is not None:
+        return False
+    return make_objective(config.loss).needs_reference
 
 
 def _on_samples(config: OnlineConfig | PPOConfig, trust_remote_code: bool) -> DryRun:
@@ -186,7 +177,6 @@ def _on_samples(config: OnlineConfig | PPOConfig, trust_remote_code: bool) -> Dr
     size = min(config.batch.size, run.num_rows)
     steps = Steps(run.num_steps, run.num_steps // run.num_rounds, size, None, size * most, None)
     return _dry_run(
-        "ppo" if isinstance(config, PPOConfig) else "online",
         config,
         encoder,
         train,
@@ -198,9 +188,6 @@ def _on_samples(config: OnlineConfig | PPOConfig, trust_remote_code: bool) -> Dr
 
 
 # -- what they share -----------------------------------------------------------------------------
-
-Encode = Callable[[Sequence[Any], str], list[list[TokenSequence]]]
-"""The sequences of each row that is kept; the text says which rows these are."""
 
 
 @dataclass(frozen=True)
@@ -225,21 +212,12 @@ def _open_encoder(
     return _Watched(encoder.tokenizer, encoder.template, encoder.max_length), positions
 
 
-def _encode_rows(kind: str, encoder: Encoder, config: RunConfig) -> Encode:
-    def encode(rows: Sequence[Any], what: str) -> list[list[TokenSequence]]:
-        most = config.data.max_dropped
-        kept = KINDS[kind].encode(encoder, rows, max_dropped=most, what=what)
-        return [list(row.sequences) for row in kept]
-
-    return encode
-
-
 def _side(
-    encoder: _Watched, rows: Sequence[Any], encode: Encode, what: str
+    encoder: _Watched, rows: Sequence[Any], given: GivenRows, what: str
 ) -> tuple[Side, list[list[TokenSequence]]]:
     """The counts of some rows, and the sequences of each that is kept."""
     encoder.given.clear()
-    kept = encode(rows, what)
+    kept = given.encode(encoder, rows, what)
     side = Side(
         rows=len(rows),
         dropped=len(rows) - len(kept),
@@ -277,27 +255,8 @@ def _steps(
     )
 
 
-def _trained(
-    command: str,
-    config: SFTConfig | PreferenceConfig | RewardConfig,
-    encoder: Encoder,
-    train: Side,
-    held_out: Side,
-    rows: Sequence[list[TokenSequence]],
-    *,
-    reference_tokens: int = 0,
-) -> DryRun:
-    """Of a command that trains on given rows, here those that are kept."""
-    data = as_run_data(config, looked_at(rows, config), len(rows), encoder.tokenizer)
-    steps = _steps(config, rows, whole_batch=data.whole_batch)
-    return _dry_run(
-        command, config, encoder, train, held_out, steps, data, reference_tokens=reference_tokens
-    )
-
-
 def _dry_run(
-    command: str,
-    config: RunConfig,
+    config: Trained,
     encoder: Encoder,
     train: Side,
     held_out: Side,
@@ -309,7 +268,7 @@ def _dry_run(
 ) -> DryRun:
     warn_of_warmup(config, steps.total)
     return DryRun(
-        command=command,
+        command=COMMANDS[type(config)],
         folder=config.out,
         state=_state(Path(config.out)),
         template=str(encoder.template),

@@ -6,12 +6,13 @@ settings allow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any, TypeVar
 
-from dpo.config import PreferenceConfig, RewardConfig, RunConfig, SFTConfig, TrainingConfig
+from dpo.config import PreferenceConfig, RewardConfig, RunConfig, SFTConfig
 from dpo.core.cost import Sampling
 from dpo.data.order import steps_per_epoch
 from dpo.data.prompts import as_text
@@ -35,12 +36,24 @@ from dpo.train.reward import KIND_OF, texts_of
 from dpo.train.session import encoder_without_model
 from dpo.train.sft import encode_demonstrations
 
-Trained = SFTConfig | PreferenceConfig | RewardConfig | OnlineConfig | PPOConfig
+OnGivenRows = SFTConfig | PreferenceConfig | RewardConfig
+Trained = OnGivenRows | OnlineConfig | PPOConfig
 
 Row = TypeVar("Row")
 
 MOST_ROWS = 4096
 """Training rows that are looked at (a seeded choice)."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenRows:
+    """The rows that a command trains on, and how they become tokens."""
+
+    data: SplitData[Any]
+    texts: list[str]
+    """What a fresh model's tokenizer is learnt from."""
+    encode: Callable[[Encoder, Sequence[Any], str], list[list[TokenSequence]]]
+    """The sequences of each row that is kept; the text says which rows these are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +79,62 @@ def read_data(config: Trained, *, trust_remote_code: bool = False) -> RunData:
     Raises:
         InputError: as training would, for data, tokenizer and template.
     """
+    if isinstance(config, OnlineConfig | PPOConfig):
+        return _samples(config, trust_remote_code)
+    given = given_rows(config)
+    train = given.data.train
+    encoder, _ = encoder_without_model(
+        config, given.data, given.texts, trust_remote_code=trust_remote_code
+    )
+    few = looked_at(train, config)
+    kept = given.encode(encoder, few, "training rows")
+    num_rows = round(len(train) * len(kept) / len(few))
+    return as_run_data(config, kept, num_rows, encoder.tokenizer)
+
+
+def given_rows(config: OnGivenRows) -> GivenRows:
+    """The rows that a command trains on, before they are tokens.
+
+    Raises:
+        InputError: as training would, for the data.
+    """
+    fresh = config.model.fresh is not None
     if isinstance(config, SFTConfig):
-        return _demonstrations(config, trust_remote_code)
-    if isinstance(config, PreferenceConfig):
-        return _preferences(config, trust_remote_code)
+        demonstrations = load_demonstrations(config.data, response=config.response)
+        texts = [f"{as_text(row.prompt)}\n{row.response}" for row in demonstrations.train]
+        return GivenRows(demonstrations, texts if fresh else [], partial(_demonstrated, config))
     if isinstance(config, RewardConfig):
-        return _rated(config, trust_remote_code)
-    return _samples(config, trust_remote_code)
+        kind = KIND_OF[config.loss]
+    else:
+        kind = make_objective(config.loss).kind  # a policy is never fresh
+    data = load_rows_for(kind, config.data)
+    texts = [text for row in data.train for text in texts_of(row)] if fresh else []
+    return GivenRows(data, texts, partial(_compared, config, kind))
+
+
+def _demonstrated(
+    config: SFTConfig, encoder: Encoder, rows: Sequence[Any], what: str
+) -> list[list[TokenSequence]]:
+    sequences = encode_demonstrations(
+        encoder, rows, train_on_prompt=config.train_on_prompt, what=what
+    )
+    return [[sequence] for sequence in sequences]
+
+
+def _compared(
+    config: PreferenceConfig | RewardConfig,
+    kind: str,
+    encoder: Encoder,
+    rows: Sequence[Any],
+    what: str,
+) -> list[list[TokenSequence]]:
+    members = KINDS[kind].encode(encoder, rows, max_dropped=config.data.max_dropped, what=what)
+    found = [list(row.sequences) for row in members]
+    return list(map(with_end, found)) if isinstance(config, RewardConfig) else found
 
 
 def as_run_data(
-    config: SFTConfig | PreferenceConfig | RewardConfig,
+    config: OnGivenRows,
     rows: Sequence[Sequence[TokenSequence]],
     num_rows: int,
     tokenizer: Any,
@@ -148,37 +206,6 @@ def looked_at(rows: Sequence[Row], config: RunConfig) -> list[Row]:
     return [rows[i] for i in seeded_choice(len(rows), MOST_ROWS, seed=config.seed)]
 
 
-# -- the commands --------------------------------------------------------------------------------
-
-
-def _demonstrations(config: SFTConfig, trust_remote_code: bool) -> RunData:
-    data = load_demonstrations(config.data, response=config.response)
-    fresh = config.model.fresh is not None
-    texts = [f"{as_text(row.prompt)}\n{row.response}" for row in data.train] if fresh else []
-    encoder, _ = encoder_without_model(config, data, texts, trust_remote_code=trust_remote_code)
-    few = looked_at(data.train, config)
-    encoded = encode_demonstrations(
-        encoder, few, train_on_prompt=config.train_on_prompt, what="training rows"
-    )
-    return as_run_data(config, [[s] for s in encoded], len(data.train), encoder.tokenizer)
-
-
-def _preferences(config: PreferenceConfig, trust_remote_code: bool) -> RunData:
-    kind = make_objective(config.loss).kind
-    data = load_rows_for(kind, config.data)
-    encoder, _ = encoder_without_model(config, data, [], trust_remote_code=trust_remote_code)
-    return _of_rows(config, data, _encoded(kind, encoder, data, config), encoder)
-
-
-def _rated(config: RewardConfig, trust_remote_code: bool) -> RunData:
-    kind = KIND_OF[config.loss]
-    data = load_rows_for(kind, config.data)
-    texts = [text for row in data.train for text in texts_of(row)] if config.model.fresh else []
-    encoder, _ = encoder_without_model(config, data, texts, trust_remote_code=trust_remote_code)
-    rows = [with_end(row) for row in _encoded(kind, encoder, data, config)]
-    return _of_rows(config, data, rows, encoder)
-
-
 def _samples(config: OnlineConfig | PPOConfig, trust_remote_code: bool) -> RunData:
     data = load_prompts(config.data)
     encoder, positions = encoder_without_model(
@@ -192,25 +219,3 @@ def _samples(config: OnlineConfig | PPOConfig, trust_remote_code: bool) -> RunDa
         positions=positions,
     )
     return as_sampled_data(config, ids, len(prompts), encoder.tokenizer)
-
-
-# -- what they share -----------------------------------------------------------------------------
-
-
-def _encoded(
-    kind: str, encoder: Encoder, data: SplitData[Any], config: TrainingConfig
-) -> list[list[TokenSequence]]:
-    few, most = looked_at(data.train, config), config.data.max_dropped
-    members = KINDS[kind].encode(encoder, few, max_dropped=most, what="training rows")
-    return [list(row.sequences) for row in members]
-
-
-def _of_rows(
-    config: PreferenceConfig | RewardConfig,
-    data: SplitData[Any],
-    rows: Sequence[Sequence[TokenSequence]],
-    encoder: Encoder,
-) -> RunData:
-    """Of rows of which some may have been dropped."""
-    kept = len(rows) / min(len(data.train), MOST_ROWS)
-    return as_run_data(config, rows, round(kept * len(data.train)), encoder.tokenizer)
